@@ -1,0 +1,53 @@
+# Every target is one command a person would type; `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_DIR ?= runs/demo
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create the virtual environment and install everything
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## train a small Llama on embedded text with 2 ranks, show its curve and let it write
+	@rm -rf $(DEMO_DIR)
+	$(BIN)/hypershard train --model tiny_llama --nproc_per_node 2 --max_steps 100 --checkpoint_freq 50 --validation_freq 50 --run_dir $(DEMO_DIR)
+	@echo
+	$(BIN)/hypershard report $(DEMO_DIR)
+	@echo
+	$(BIN)/hypershard generate $(DEMO_DIR) --prompt "The value of the expression"
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## lint, format, types, and the rules of the layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/architecture
+
+format: $(INSTALLED) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The GPU targets use the python3 at hand: a cluster's own torch, not the environment above.
+test-gpu: ## numerics on one GPU: NCCL, bf16
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+
+bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_train.py
+
+bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer with FSDP2
+	$(BIN)/python benchmarks/cpu_train.py
+
+clean: ## remove the environment and caches, keep runs/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

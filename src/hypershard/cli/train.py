@@ -1,0 +1,200 @@
+"""`hypershard train`: flags and files to a configuration, then this process's part of the job.
+
+Started by a person it starts its ranks itself; under torchrun or srun it is one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config.checks import check
+from ..config.flags import HelpFormatter, add_settings, parse
+from ..config.schema import Config
+from ..config.sources import Layer, Resolved, read_yaml, resolve, show
+from ..distributed.env import Ranks, read_ranks
+from ..distributed.spawn import num_gpus, run_ranks
+from ..errors import ConfigError, HypershardError
+from ..log import logger, setup_logging
+from ..models.family import family_of
+from ..models.files import available_models, model_file
+
+_OWN_FLAGS = ("model", "config", "nproc_per_node", "show_config")
+_EPILOG = """examples:
+  hypershard train --model tiny_llama --max_steps 60
+  hypershard train --model llama3_8b --dataset /data/bins --train_batch_size 2 --activation_checkpointing 1
+  hypershard train --hidden_width 512 --num_layers 8 --num_heads 8 --dataset notes.txt --nproc_per_node 2
+  torchrun --nproc_per_node 8 src/train.py --model llama3_8b --run_dir /fsx/run1 --resume_from_checkpoint
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hypershard train",
+        usage="hypershard train [--model NAME] [--config FILE] [--flag value | --flag=value] ...",
+        description="Train a causal language model. Values: defaults < model file < run file (--config) < flags.",
+        epilog=_EPILOG,
+        formatter_class=type("Formatter", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"model file: a path, or one of {', '.join(available_models())}"
+    )
+    parser.add_argument("--config", metavar="FILE", help="run file: YAML with any of the settings below")
+    parser.add_argument("--nproc_per_node", metavar="N", help="ranks to start here; default: one per GPU, else 1")
+    parser.add_argument("--show_config", action="store_true", help="print every value and where it came from, and stop")
+    add_settings(parser)
+    return parser
+
+
+def resolve_arguments(namespace: argparse.Namespace) -> tuple[Resolved, str]:
+    """The configuration with its sources, and the model's name. Raises ConfigError."""
+    flags = {name: value for name, value in vars(namespace).items() if name not in _OWN_FLAGS}
+    run_values, model_name = read_yaml(Path(namespace.config)) if namespace.config else ({}, None)
+    model_name = namespace.model or model_name
+    layers = []
+    if model_name is not None:
+        path = model_file(model_name)
+        layers.append(Layer(f"model file {path.name}", read_yaml(path)[0]))
+    if namespace.config:
+        layers.append(Layer(f"run file {namespace.config}", run_values))
+    resolved = resolve(*layers, Layer("flag", flags, is_flags=True))
+    family = family_of(resolved.config.model.model_type)
+    model = family.complete(resolved.config.model)
+    family.check(resolved.config.model)
+    sources = dict(resolved.sources)
+    for name, value in dataclasses.asdict(model).items():
+        if value != getattr(resolved.config.model, name):
+            sources[name] = f"family {model.model_type}"
+    config = dataclasses.replace(resolved.config, model=model)
+    check(config)
+    return Resolved(config, sources), Path(model_name).stem if model_name else model.model_type
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, then be the parent of this node's ranks or one of them."""
+    namespace = parse(build_parser(), argv, also_known=_OWN_FLAGS)
+    ranks = read_ranks()
+    setup_logging(rank=ranks.rank)
+    try:
+        resolved, model_name = resolve_arguments(namespace)
+        if namespace.show_config:
+            print(show(resolved))
+            return 0
+        num_ranks = _num_ranks(namespace, ranks)
+    except HypershardError as error:
+        return _report(error, ranks)
+    if num_ranks == 1 or ranks.launcher != "alone":
+        return _train(resolved.config, ranks, model_name)
+    from ..train.run_dir import choose_run_dir
+
+    # Chosen here once, because every rank must have the same.
+    run_dir = choose_run_dir(resolved.config.report, model_name=model_name)
+    command = [sys.executable, "-m", "hypershard.cli.main", "train", *argv, f"--run_dir={run_dir}"]
+    return run_ranks(command, num_ranks=num_ranks)
+
+
+def _num_ranks(namespace: argparse.Namespace, ranks: Ranks) -> int:
+    text = namespace.nproc_per_node
+    if text is None:
+        return ranks.local_world_size if ranks.launcher != "alone" else max(1, num_gpus())
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--nproc_per_node: found {text!r}, expected a whole number of at least 1")
+    if ranks.launcher != "alone" and int(text) != ranks.local_world_size:
+        raise ConfigError(
+            f"--nproc_per_node={text}, but {ranks.launcher} started {ranks.local_world_size} ranks here; drop the flag"
+        )
+    return int(text)
+
+
+def _train(config: Config, ranks: Ranks, model_name: str) -> int:
+    """One rank's whole life. On an error it leaves at once and alone: the others may be waiting elsewhere."""
+    try:
+        code = _train_rank(config, ranks, model_name)
+    except BaseException as error:  # every way out must be reported and must not wait for other ranks
+        code = _report(error, ranks)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
+    from ..distributed.collectives import from_main
+    from ..distributed.process_group import leave, set_cpu_threads, start
+    from ..storage import local_path
+    from ..train.loop import Schedule
+    from ..train.loop import run as train
+    from ..train.run_dir import (
+        choose_run_dir,
+        event_writer,
+        keep_tokenizer,
+        refuse_second_start,
+        sinks_opener,
+        write_description,
+    )
+    from ..train.setup import build_job, device_name
+
+    set_cpu_threads(ranks)
+    world = start(ranks)
+    run_dir = from_main(choose_run_dir(config.report, model_name=model_name))
+    given = config.checkpoint.checkpoint_dir
+    checkpoint_dir = local_path(given, flag="--checkpoint_dir") if given else run_dir / "checkpoints"
+    resume_from = config.checkpoint.resume_from_checkpoint
+    resume = resume_from is not None or config.train.init_from == "resume"
+    if not resume and not config.train.eval_only:
+        refuse_second_start(run_dir, checkpoint_dir)
+    event = event_writer(run_dir, is_main=ranks.is_main)
+    if ranks.is_main:
+        write_description(run_dir, config, ranks, device_name=device_name(world.device))
+        logger.info(f"run directory {run_dir}")
+    try:
+        job = build_job(config, world, checkpoint_dir=checkpoint_dir)
+        if ranks.is_main:
+            keep_tokenizer(run_dir, job.tokenizer_path)
+        outcome = train(
+            job,
+            Schedule(config.train.logging_freq, config.train.validation_freq, config.checkpoint.checkpoint_freq),
+            resume=resume,
+            resume_from=None
+            if resume_from in (None, "auto")
+            else local_path(resume_from or "", flag="--resume_from_checkpoint"),
+            resume_required=config.train.init_from == "resume",
+            eval_only=config.train.eval_only,
+            open_sinks=sinks_opener(run_dir, config.report, is_main=ranks.is_main, last_step=job.limits.last_step),
+            event=event,
+        )
+    except Exception as error:
+        event("failed", step=-1, error=f"{type(error).__name__}: {error}")
+        raise
+    if ranks.is_main:
+        loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+        logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
+    leave()
+    return 0
+
+
+def _report(error: BaseException, ranks: Ranks) -> int:
+    """Say what happened, once: shared errors on rank 0, a rank's own on that rank. Returns the exit code."""
+    if isinstance(error, HypershardError):
+        if ranks.is_main or not error.shared_by_all_ranks:
+            logger.error(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        logger.error(
+            f"out of GPU memory: {text.splitlines()[0]} Lower --train_batch_size or --max_context_width, or add "
+            f"--activation_checkpointing=1, --offload_activations=1 or --cpu_offload=1"
+        )
+    elif any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
+        logger.warning("another rank left the job; its own log says why")
+    else:
+        logger.error("".join(traceback.format_exception(error)))
+    return 1

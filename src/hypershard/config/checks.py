@@ -1,0 +1,84 @@
+"""Rules between settings: what single-value limits cannot say. Each names the flag to change.
+
+A family's own rules (heads, experts, rope) live in that family's file under models/.
+"""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+from .schema import Config, DataConfig, ModelConfig, ParallelConfig
+
+
+def check(config: Config) -> None:
+    """Refuse combinations that are wrong whatever the number of GPUs. Raises ConfigError."""
+    optim, parallel, train, checkpoint, data = (
+        config.optim,
+        config.parallel,
+        config.train,
+        config.checkpoint,
+        config.data,
+    )
+    if optim.min_lr > optim.lr:
+        raise ConfigError(f"--min_lr={optim.min_lr} is above --lr={optim.lr}; lower --min_lr or raise --lr")
+    if optim.lr_decay_style == "exponential" and optim.min_lr == 0:
+        raise ConfigError("--lr_decay_style=exponential never reaches 0; give a positive --min_lr")
+    if optim.lr_decay_style == "wsd" and not 0 < optim.plateau < 1:
+        raise ConfigError("--lr_decay_style=wsd needs --plateau, the share of steps held at the peak (0.8 is usual)")
+    if optim.lr_decay_style not in ("wsd", "plateau") and optim.plateau:
+        raise ConfigError(f"--plateau={optim.plateau} acts only with --lr_decay_style=plateau or wsd")
+    if optim.warmup + optim.plateau > 1:
+        raise ConfigError(f"--warmup={optim.warmup} and --plateau={optim.plateau} add up to more than 1")
+    if not parallel.limit_all_gathers:
+        raise ConfigError("--limit_all_gathers=0: FSDP2 always bounds the weights gathered ahead; drop the flag")
+    if parallel.activation_loading_horizon is not None:
+        raise ConfigError(
+            "--activation_loading_horizon: offloaded activations are fetched when backward asks for them, "
+            "so there is no horizon to set; drop the flag"
+        )
+    if parallel.hybrid_shard_degree is not None and parallel.sharding_strategy != "hybrid":
+        raise ConfigError(
+            f"--hybrid_shard_degree acts only with --sharding_strategy=hybrid, found {parallel.sharding_strategy}"
+        )
+    if data.global_batch_tokens is not None and data.gradient_accumulation_steps is not None:
+        raise ConfigError("--global_batch_tokens works out gradient_accumulation_steps; give one of the two")
+    if train.init_from == "resume" and checkpoint.resume_from_checkpoint is None and checkpoint.checkpoint_dir is None:
+        if config.report.run_dir is None:
+            raise ConfigError("--init_from=resume: say from where, by --resume_from_checkpoint DIR or --run_dir RUN")
+    if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
+        raise ConfigError(
+            f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}: the wsd decay would be cut"
+        )
+
+
+def check_world(parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> None:
+    """Refuse what does not go with this number of ranks. Raises ConfigError."""
+    if parallel.sharding_strategy == "hybrid":
+        degree = parallel.hybrid_shard_degree or local_world_size
+        if world_size % degree:
+            raise ConfigError(
+                f"--hybrid_shard_degree={degree} does not divide the {world_size} ranks of this job; "
+                f"choose one of {[d for d in range(1, world_size + 1) if world_size % d == 0]}"
+            )
+
+
+def check_vocabulary(model: ModelConfig, *, tokenizer_vocab_size: int) -> None:
+    """Refuse an embedding with fewer rows than the tokenizer has ids. Raises ConfigError."""
+    if model.vocab_size is not None and model.vocab_size < tokenizer_vocab_size:
+        raise ConfigError(
+            f"--vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer_vocab_size} ids; "
+            f"raise --vocab_size or choose another --tokenizer"
+        )
+
+
+def accumulation_steps(data: DataConfig, *, context_tokens: int, world_size: int) -> int:
+    """Micro-steps per optimizer step. Raises ConfigError when global_batch_tokens is no whole number of them."""
+    if data.global_batch_tokens is None:
+        return data.gradient_accumulation_steps or 1
+    tokens = data.train_batch_size * context_tokens * world_size
+    if data.global_batch_tokens % tokens:
+        raise ConfigError(
+            f"--global_batch_tokens={data.global_batch_tokens} is no multiple of the {tokens} tokens of one micro-step "
+            f"(train_batch_size {data.train_batch_size} x context {context_tokens} x {world_size} ranks); "
+            f"change --global_batch_tokens or --train_batch_size"
+        )
+    return data.global_batch_tokens // tokens

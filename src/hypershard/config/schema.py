@@ -1,0 +1,248 @@
+"""Every setting once: its name (= flag = YAML key), default, meaning and limits.
+
+Sections are flat and frozen; names are unique over all sections, so a YAML file needs no nesting.
+`None` as a default means "worked out from other settings", and the help says from which.
+Nothing outside this file knows a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+MODEL_TYPES = ("llama_v2", "llama_v3", "mistral", "mixtral", "qwen2", "gpt2", "llama4")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    aliases: dict[str, str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unit: str = "",
+    value_when_bare: str | None = None,
+) -> Any:
+    """Declare one setting.
+
+    `choices` limits a text to these words, `aliases` maps other accepted spellings to one of them,
+    `minimum`/`maximum` are inclusive, `value_when_bare` is what `--flag` without a value means.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "aliases": aliases or {},
+            "minimum": minimum,
+            "maximum": maximum,
+            "unit": unit,
+            "value_when_bare": value_when_bare,
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model's shape. A file in model_configs/ (--model NAME) fills it; flags change single values."""
+
+    model_type: str = setting("llama_v3", "family of the model", choices=MODEL_TYPES)
+    hidden_width: int = setting(256, "width of the residual stream", minimum=1)
+    num_layers: int = setting(4, "number of transformer blocks", minimum=1)
+    num_heads: int = setting(4, "number of attention (query) heads", minimum=1)
+    num_key_value_heads: int | None = setting(None, "number of key/value heads; default: num_heads", minimum=1)
+    head_width: int | None = setting(None, "width of one head; default: hidden_width / num_heads", minimum=1)
+    intermediate_size: int | None = setting(
+        None,
+        "width inside the feed-forward part; default: 4 x hidden_width (gpt2), else 8/3 x, to a multiple of 256",
+        minimum=1,
+    )
+    max_context_width: int = setting(256, "sequence length really trained on", minimum=2, unit="tokens")
+    max_position_embeddings: int | None = setting(
+        None, "longest context the model is made for; default: max_context_width", minimum=2, unit="tokens"
+    )
+    vocab_size: int | None = setting(None, "rows of the embedding; default: the tokenizer's", minimum=2)
+    rotary_emb_base: float | None = setting(
+        None, "base of the rotary position embedding (rope theta); default: the family's", minimum=1.0
+    )
+    rope_scaling: str = setting(
+        "none", "how rotary frequencies are stretched for long contexts", choices=("none", "llama3")
+    )
+    rope_scaling_factor: float = setting(8.0, "llama3 scaling: factor the context was stretched by", minimum=1.0)
+    rope_low_freq_factor: float = setting(1.0, "llama3 scaling: low-frequency bound", minimum=0.0)
+    rope_high_freq_factor: float = setting(4.0, "llama3 scaling: high-frequency bound", minimum=0.0)
+    rope_original_context: int = setting(8192, "llama3 scaling: context before stretching", minimum=1, unit="tokens")
+    tie_word_embeddings: bool | None = setting(
+        None, "share the embedding with the output head; default: the family's (gpt2: yes)"
+    )
+    sliding_window: int | None = setting(
+        None, "attend only this far back; default: no window", minimum=1, unit="tokens"
+    )
+    attention_chunk_size: int = setting(
+        8192, "llama4: rope layers attend inside chunks of this size", minimum=1, unit="tokens"
+    )
+    num_experts: int | None = setting(None, "experts per layer (mixtral, llama4); default: the family's", minimum=1)
+    experts_per_token: int | None = setting(
+        None, "experts each token goes to (mixtral, llama4); default: the family's", minimum=1
+    )
+    router_loss_weight: float = setting(0.001, "weight of the expert-balance loss (mixtral, llama4)", minimum=0.0)
+    norm_epsilon: float = setting(1e-5, "epsilon of the norms", minimum=0.0)
+    initializer_range: float = setting(0.02, "standard deviation of new weights", minimum=0.0)
+    resid_pdrop: float = setting(0.0, "dropout on each block's output (gpt2)", minimum=0.0, maximum=1.0)
+    embd_pdrop: float = setting(0.0, "dropout on the embeddings (gpt2)", minimum=0.0, maximum=1.0)
+    attn_pdrop: float = setting(0.0, "dropout on attention weights", minimum=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, how it becomes sequences, how many go into a step."""
+
+    dataset: str = setting(
+        "embedded",
+        "'embedded' (a small text corpus that needs no network), a folder of token bins, or .txt/.jsonl file or folder",
+    )
+    text_field: str = setting("text", "JSONL: key that holds the text")
+    tokenizer: str | None = setting(
+        None, "folder or tokenizer.json; default: the data set's own, else the embedded one"
+    )
+    document_mask: bool = setting(
+        True, "packed documents do not see each other (positions restart, attention stays inside)"
+    )
+    train_batch_size: int = setting(1, "sequences per GPU and micro-step", minimum=1)
+    val_batch_size: int | None = setting(None, "sequences per GPU in validation; default: train_batch_size", minimum=1)
+    gradient_accumulation_steps: int | None = setting(
+        None, "micro-steps per optimizer step; default: 1, or what global_batch_tokens needs", minimum=1
+    )
+    global_batch_tokens: int | None = setting(
+        None, "tokens per optimizer step over all GPUs; sets gradient_accumulation_steps", minimum=1, unit="tokens"
+    )
+    epochs: int | None = setting(None, "passes over the data; default: as many as max_steps needs", minimum=1)
+    seed: int = setting(42, "seed of weights, sample order and dropout", minimum=0)
+    cache_dir: str = setting("~/.cache/hypershard", "where text is kept as token bins after the first tokenisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = setting(1e-4, "peak learning rate", minimum=0.0)
+    min_lr: float = setting(1e-5, "learning rate at the end of the decay", minimum=0.0)
+    lr_decay_style: str = setting(
+        "cosine", "shape of the decay", choices=("cosine", "constant", "linear", "exponential", "plateau", "wsd")
+    )
+    lr_decay_iters: int | None = setting(
+        None, "step at which min_lr is reached; default: the last step", minimum=1, unit="steps"
+    )
+    warmup: float = setting(0.0032, "share of lr_decay_iters spent on linear warm-up", minimum=0.0, maximum=1.0)
+    plateau: float = setting(0.0, "share of lr_decay_iters held at the peak (plateau, wsd)", minimum=0.0, maximum=1.0)
+    weight_decay: float = setting(0.2, "decoupled weight decay; never on norms and biases", minimum=0.0)
+    beta1: float = setting(0.9, "decay of AdamW's first moment", minimum=0.0, maximum=1.0)
+    beta2: float = setting(0.95, "decay of AdamW's second moment", minimum=0.0, maximum=1.0)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", minimum=0.0)
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0 does not clip", minimum=0.0)
+    max_skipped_steps: int = setting(
+        3, "steps in a row with a non-finite loss or gradient (each is skipped) before giving up", minimum=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over GPUs and what is traded for memory."""
+
+    sharding_strategy: str = setting(
+        "full",
+        "full: weights, gradients and optimizer sharded over all GPUs; hybrid: sharded inside groups, copied between them; "
+        "zero2: weights gathered once a step; zero1: gradients whole too; none: everything on every GPU",
+        choices=("full", "hybrid", "zero1", "zero2", "none"),
+    )
+    hybrid_shard_degree: int | None = setting(
+        None, "hybrid: GPUs per sharding group; default: the GPUs of one node", minimum=1
+    )
+    bf16: bool = setting(True, "compute in bfloat16; weights, gradients' sums and optimizer stay float32")
+    activation_checkpointing: str = setting(
+        "none",
+        "recompute activations in backward: whole blocks (full, 1) or all but the expensive operations (selective)",
+        choices=("none", "full", "selective"),
+        aliases={"0": "none", "1": "full", "false": "none", "true": "full"},
+    )
+    offload_activations: bool = setting(False, "keep what backward needs in host memory")
+    cpu_offload: bool = setting(False, "keep weights, gradients and optimizer in host memory")
+    compile: bool = setting(False, "torch.compile each block")
+    limit_all_gathers: bool = setting(True, "bound the weights gathered ahead; FSDP2 always does, so 0 is refused")
+    activation_loading_horizon: int | None = setting(
+        None, "refused: saved activations are fetched when backward asks for them; there is no horizon to set"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how often, and from where."""
+
+    max_steps: int | None = setting(
+        None, "stop after this many optimizer steps; default: epochs (1) passes over the data", minimum=1
+    )
+    max_hours: float | None = setting(
+        None, "stop, saved, after this many hours of training, resumed ones included", minimum=0.0, unit="hours"
+    )
+    logging_freq: int = setting(1, "steps between written lines", minimum=1, unit="steps")
+    validation_freq: int | None = setting(
+        None, "steps between validations; default: only at the end", minimum=1, unit="steps"
+    )
+    validation_batches: int = setting(10, "batches per GPU in one validation", minimum=1)
+    init_from: str = setting("scratch", "'scratch', 'resume' (a checkpoint must exist), or a Hugging Face model folder")
+    eval_only: bool = setting(False, "validate once and stop")
+    peak_tflops_per_gpu: float | None = setting(
+        None, "dense bf16 peak used for MFU; default: this GPU's from the catalog", minimum=0.0, unit="TFLOP/s"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What survives, where, and how often it is written."""
+
+    checkpoint_dir: str | None = setting(None, "where checkpoints are written; default: <run_dir>/checkpoints")
+    checkpoint_freq: int | None = setting(
+        500, "steps between saves; 'none' saves only at the end and on a signal", minimum=1, unit="steps"
+    )
+    keep_checkpoints: int = setting(3, "newest checkpoints kept; older ones are deleted", minimum=1)
+    async_checkpointing: bool = setting(True, "write checkpoints beside the training, from a copy in host memory")
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "go on from the newest valid checkpoint in this folder, or start if there is none; without a value: checkpoint_dir",
+        value_when_bare="auto",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Where numbers go besides <run_dir>/metrics.jsonl."""
+
+    run_dir: str | None = setting(None, "folder of this run; default: runs/<date>-<run_name>")
+    run_name: str | None = setting(None, "name of the run; default: the model's")
+    tensorboard_dir: str | None = setting(
+        None, "TensorBoard folder; default: <run_dir>/tensorboard; 'none' writes none"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole resolved configuration; only `train/setup.py` and `cli/` see it whole."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    report: ReportConfig = ReportConfig()
+
+
+SECTIONS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+SETTINGS: dict[str, tuple[str, dataclasses.Field[Any]]] = {
+    field.name: (section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)
+}
+assert len(SETTINGS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values()), (
+    "a setting's name must be unique"
+)

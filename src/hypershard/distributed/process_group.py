@@ -1,0 +1,82 @@
+"""Start and leave the job's process group; pick this rank's device."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ConfigError
+from .env import Ranks
+
+# A rank that waits longer than this for the others gives up. Long enough for rank 0 to tokenise a text data
+# set or read a large checkpoint from a slow disk; a dead peer is noticed at once by its closed connection.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The started job: this rank's place, its device, and a gloo group that checkpoints use beside the training."""
+
+    ranks: Ranks
+    device: torch.device
+    checkpoint_group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return self.ranks.world_size
+
+
+def start(ranks: Ranks) -> World:
+    """Join the process group: NCCL for tensors on GPUs, gloo for those on the host.
+
+    Raises ConfigError when there are more ranks on this node than GPUs.
+    """
+    device = _device(ranks)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    arguments = {"device_id": device} if device.type == "cuda" else {}
+    if ranks.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT, **arguments)
+    else:
+        address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
+        # torchrun's agent already serves the rendezvous store; "env://" makes torch use it instead of a second one.
+        method = "env://" if ranks.launcher == "torchrun" else address
+        dist.init_process_group(
+            backend,
+            init_method=method,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=_TIMEOUT,
+            **arguments,
+        )
+    # Saving runs in a thread beside the training; on the training's own group the two would wait for each other.
+    return World(ranks, device, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Under srun with one GPU bound to each task, that GPU is number 0 for every task.
+    index = 0 if torch.cuda.device_count() == 1 and ranks.launcher == "srun" else ranks.local_rank
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {ranks.rank} is number {index} on its node, which has {torch.cuda.device_count()} GPUs; "
+            f"start at most one rank per GPU (--nproc_per_node)"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def leave() -> None:
+    """Leave the group at a clean end, all ranks together."""
+    dist.destroy_process_group()
+
+
+def set_cpu_threads(ranks: Ranks) -> None:
+    """Share the host's cores between its ranks when nobody said otherwise (torchrun sets OMP_NUM_THREADS=1)."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))

@@ -1,0 +1,76 @@
+"""The run on rank 0's terminal: a live line where there is a terminal, plain lines where there is a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ..units import format_bytes, format_count, format_seconds
+
+
+class Display:
+    """A sink for eyes. On a terminal one line is rewritten in place; elsewhere at most one line a second is printed."""
+
+    def __init__(self, *, last_step: int, first_step: int) -> None:
+        self._last_step = last_step
+        self._live = _LiveLine(last_step, first_step) if sys.stdout.isatty() else None
+        self._printed_at = 0.0
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        line = describe(step, self._last_step, record)
+        if "validation_loss" in record:
+            self._print(line)
+        elif self._live is not None:
+            self._live.update(step, line)
+        elif step == self._last_step or time.monotonic() - self._printed_at >= 1.0:
+            self._print(line)
+            self._printed_at = time.monotonic()
+
+    def _print(self, line: str) -> None:
+        if self._live is not None:
+            self._live.print(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.close()
+
+
+class _LiveLine:
+    """A progress bar with the newest numbers beside it."""
+
+    def __init__(self, last_step: int, first_step: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+        self._progress = Progress(*columns)
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=last_step, completed=first_step)
+
+    def update(self, step: int, line: str) -> None:
+        self._progress.update(self._task, completed=step, description=line)
+
+    def print(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
+    """One line for a person: `step 12/60  loss 5.1234  norm 1.21  lr 3.0e-04  12.3k tok/s  mfu 41.2%  1.20 GiB  eta 2m05s`."""
+    parts = [f"step {step}/{last_step}"]
+    if "validation_loss" in record:
+        return f"{parts[0]}  validation loss {record['validation_loss']:.4f}"
+    parts += [f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.2f}", f"lr {record['lr']:.1e}"]
+    parts.append(f"{format_count(record['tokens_per_second'])} tok/s")
+    if record["mfu"] is not None:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    parts += [
+        format_bytes(record["memory_bytes"]),
+        f"eta {format_seconds((last_step - step) * record['step_seconds'])}",
+    ]
+    return "  ".join(parts)

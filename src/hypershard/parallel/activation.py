@@ -1,0 +1,46 @@
+"""Activation checkpointing: which results of forward are kept for backward and which are computed again.
+
+Applied to a block's `forward`, not by a wrapper module, so parameter names stay those of the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Operations whose results `selective` keeps: attention, reductions over the network, and every second matrix
+# product. The list and the every-second rule are torchtitan's (torchtitan/distributed/activation_checkpoint.py):
+# they cost most of forward's time but little of its memory; everything between them is recomputed.
+_ALWAYS_KEPT = (
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+)
+_MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default)
+
+
+def checkpoint_activations(block: nn.Module, mode: str) -> None:
+    """Make `block` recompute in backward: everything (`full`) or all but the costly operations (`selective`)."""
+    contexts = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def _selective_contexts() -> Any:
+    num_products = {"forward": 0, "recompute": 0}  # counted apart: recomputation meets the same sequence again
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operation in _MATRIX_PRODUCTS:
+            phase = "recompute" if context.is_recompute else "forward"
+            num_products[phase] += 1
+            kept = num_products[phase] % 2 == 1
+        else:
+            kept = operation in _ALWAYS_KEPT
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,41 @@
+"""THE order in which a single-device model becomes a distributed one. Nothing else wraps, casts or moves modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..config.schema import ParallelConfig
+from .activation import checkpoint_activations
+from .fsdp import ShardedModule, shard
+from .init import materialise
+from .offload import offload_activations
+
+
+def apply(
+    root: nn.Module, blocks: Sequence[nn.Module], *, mesh: DeviceMesh, parallel: ParallelConfig, device: torch.device
+) -> ShardedModule:
+    """Checkpoint, offload, compile, shard and materialise `root`, whose parameters are on the meta device.
+
+    The parameters come back uninitialised (see `init.initialise`), in float32, sharded over `mesh`.
+
+    1. activation checkpointing, inside everything else, so that recomputation is of the model's own code;
+    2. activation offload around it, so that it meets only what checkpointing keeps;
+    3. compile of the result, so that the compiler sees recomputation; hooks of FSDP2 stay outside;
+    4. fully_shard, block by block, then the root;
+    5. materialisation of each rank's shards only.
+    """
+    for block in blocks:
+        if parallel.activation_checkpointing != "none":
+            checkpoint_activations(block, parallel.activation_checkpointing)
+        if parallel.offload_activations:
+            offload_activations(block)
+        if parallel.compile:
+            block.forward = torch.compile(block.forward)
+    sharded = shard(root, blocks, mesh=mesh, parallel=parallel, pin_memory=device.type == "cuda")
+    parameter_device = torch.device("cpu") if parallel.cpu_offload else device
+    materialise(root, parameter_device=parameter_device, buffer_device=device)
+    return sharded

@@ -1,0 +1,64 @@
+"""A run directory as values. Imports no torch: a report is read on a laptop."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..metrics.sinks import read_json_lines
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first."""
+
+    run_dir: Path
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    validation_losses: tuple[tuple[int, float], ...]
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None
+    memory_bytes: int
+    checkpoint_steps: tuple[int, ...]
+
+
+def read_run(run_dir: Path) -> RunSummary:
+    """Read `metrics.jsonl` and the checkpoint folder's names. Raises DataError when there is no run."""
+    path = run_dir / "metrics.jsonl"
+    records = read_json_lines(path)
+    training = [record for record in records if "loss" in record]
+    if not training:
+        raise DataError(f"{run_dir} holds no run: {path} is {'empty' if path.exists() else 'missing'}")
+    steady = training[1:] or training  # the first step also fills caches
+    utilisations = [record["mfu"] for record in steady if record["mfu"] is not None]
+    return RunSummary(
+        run_dir=run_dir,
+        steps=tuple(record["step"] for record in training),
+        losses=tuple(record["loss"] for record in training),
+        validation_losses=tuple((r["step"], r["validation_loss"]) for r in records if "validation_loss" in r),
+        tokens=training[-1]["tokens"],
+        seconds=_total_seconds(training),
+        tokens_per_second=statistics.median(record["tokens_per_second"] for record in steady),
+        mfu=statistics.median(utilisations) if utilisations else None,
+        memory_bytes=max(record["memory_bytes"] for record in training),
+        checkpoint_steps=_checkpoint_steps(run_dir),
+    )
+
+
+def _total_seconds(training: list[dict[str, Any]]) -> float:
+    """Seconds in steps; steps that were not logged count as the logged one after them."""
+    total, previous = 0.0, 0
+    for record in training:
+        total += record["step_seconds"] * (record["step"] - previous)
+        previous = record["step"]
+    return total
+
+
+def _checkpoint_steps(run_dir: Path) -> tuple[int, ...]:
+    manifests = sorted((run_dir / "checkpoints").glob("step-*/MANIFEST.json"))
+    return tuple(int(path.parent.name.removeprefix("step-")) for path in manifests)

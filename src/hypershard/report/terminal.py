@@ -1,0 +1,51 @@
+"""A run as text: a curve and the numbers a person asks for first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ..units import format_bytes, format_count, format_seconds
+from .read import RunSummary
+
+
+def render(run: RunSummary) -> str:
+    """The loss curve, then loss, speed, memory, checkpoints and where everything is."""
+    lines = [draw_curve(run.steps, run.losses), ""]
+    lines.append(
+        f"loss       {run.losses[0]:.4f} at step {run.steps[0]}, {run.losses[-1]:.4f} at step {run.steps[-1]} "
+        f"({run.losses[0] - run.losses[-1]:+.4f} nats won)"
+    )
+    if run.validation_losses:
+        step, loss = run.validation_losses[-1]
+        lines.append(f"validation {loss:.4f} at step {step}, perplexity {math.exp(min(loss, 700)):.1f}")
+    mfu = "" if run.mfu is None else f", MFU {run.mfu:.1%}"
+    lines.append(
+        f"speed      {format_count(run.tokens_per_second)} tokens/s{mfu}; {format_count(run.tokens)} tokens "
+        f"in {format_seconds(run.seconds)}"
+    )
+    lines.append(f"memory     {format_bytes(run.memory_bytes)} at most on rank 0")
+    steps = ", ".join(map(str, run.checkpoint_steps)) or "none"
+    lines.append(f"checkpoint steps {steps}")
+    lines.append(f"run        {run.run_dir}")
+    return "\n".join(lines)
+
+
+def draw_curve(steps: Sequence[int], values: Sequence[float], *, width: int = 64, height: int = 12) -> str:
+    """Plot `values` over `steps` in characters; each column shows the mean of its share of the steps."""
+    finite = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if not finite:
+        return "(no finite loss to draw)"
+    first, last = finite[0][0], finite[-1][0]
+    buckets: dict[int, list[float]] = {}
+    for step, value in finite:
+        buckets.setdefault((step - first) * (width - 1) // max(1, last - first), []).append(value)
+    columns = {column: sum(bucket) / len(bucket) for column, bucket in buckets.items()}
+    low, high = min(columns.values()), max(columns.values())
+    rows = [[" "] * width for _ in range(height)]
+    for column, value in columns.items():
+        rows[round((high - value) / ((high - low) or 1.0) * (height - 1))][column] = "•"
+    labels = [f"{high - (high - low) * row / (height - 1):8.3f} ┤" for row in range(height)]
+    plot = [label + "".join(row).rstrip() for label, row in zip(labels, rows, strict=True)]
+    axis = " " * 9 + "└" + "─" * width
+    return "\n".join([*plot, axis, f"{'':10}{first:<{width // 2}}{f'step {last}':>{width // 2}}"])

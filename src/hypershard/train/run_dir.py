@@ -1,0 +1,132 @@
+"""The run directory, the interface between this program and everything that reads a run.
+
+config.yaml        the whole resolved configuration; `hypershard train --config` starts the same run
+code.txt           commit and uncommitted changes of the code that ran
+environment.json   versions, hosts and devices
+metrics.jsonl      one line per logged step, and one per validation
+events.jsonl       started, restored, saved, stopped, failed: with the time
+tensorboard/       the same numbers for TensorBoard
+tokenizer/         the tokenizer, so that a run can be read without its data
+checkpoints/       step-XXXXXXXX/ with a MANIFEST.json written last
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..config.schema import Config, ReportConfig
+from ..config.sources import to_yaml
+from ..distributed.env import Ranks
+from ..errors import ConfigError
+from ..metrics.display import Display
+from ..metrics.sinks import JsonLines, Sink, TensorBoard, drop_after
+from ..storage import local_path, make_directory, write_bytes, write_json
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+def choose_run_dir(report: ReportConfig, *, model_name: str) -> Path:
+    """--run_dir, or a new dated folder under runs/."""
+    if report.run_dir is not None:
+        return local_path(report.run_dir, flag="--run_dir").absolute()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs").absolute() / f"{stamp}-{report.run_name or model_name}"
+
+
+def refuse_second_start(run_dir: Path, checkpoint_dir: Path) -> None:
+    """A run that is not resumed must not write over another. Raises ConfigError saying what is there."""
+    if (run_dir / METRICS).exists() or any(checkpoint_dir.glob("step-*")):
+        raise ConfigError(
+            f"--run_dir={run_dir} already holds a run; add --resume_from_checkpoint to go on with it, "
+            f"or name another --run_dir"
+        )
+
+
+def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_name: str) -> None:
+    """Write config.yaml, code.txt and environment.json."""
+    make_directory(run_dir)
+    write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
+    write_bytes(run_dir / "code.txt", _code_state().encode())
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    environment = {
+        "hypershard": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "host": platform.node(),
+        "device": device_name,
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "world_size": ranks.world_size,
+        "local_world_size": ranks.local_world_size,
+        "launcher": ranks.launcher,
+    }
+    write_json(run_dir / "environment.json", environment)
+
+
+def keep_tokenizer(run_dir: Path, tokenizer_path: Path | None) -> None:
+    """Copy the tokenizer (with its configuration, where there is one) into the run directory."""
+    if tokenizer_path is None:
+        return
+    target = make_directory(run_dir / "tokenizer")
+    for source, name in (
+        (tokenizer_path, "tokenizer.json"),
+        (tokenizer_path.with_name("tokenizer_config.json"), "tokenizer_config.json"),
+    ):
+        if source.is_file():
+            write_bytes(target / name, source.read_bytes())
+
+
+def _code_state() -> str:
+    """Commit and diff of the source tree, or the installed version where there is no repository."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(("git", "-C", str(here), *arguments), capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return f"hypershard {__version__}, not run from a repository with a commit\n"
+    return f"commit {commit}{git('diff', 'HEAD', '--', str(here)) or ''}"
+
+
+def sinks_opener(
+    run_dir: Path, report: ReportConfig, *, is_main: bool, last_step: int
+) -> Callable[[int], Sequence[Sink]]:
+    """A function that, given the step the run goes on from, opens this rank's sinks (none but on rank 0)."""
+
+    def open_sinks(step: int) -> Sequence[Sink]:
+        if not is_main:
+            return ()
+        drop_after(run_dir / METRICS, step)
+        sinks: list[Sink] = [JsonLines(run_dir / METRICS), Display(last_step=last_step, first_step=step)]
+        if report.tensorboard_dir != "none":
+            directory = report.tensorboard_dir or str(run_dir / "tensorboard")
+            sinks.append(TensorBoard(local_path(directory, flag="--tensorboard_dir"), purge_after=step))
+        return sinks
+
+    return open_sinks
+
+
+def event_writer(run_dir: Path, *, is_main: bool) -> Callable[..., None]:
+    """A function `event(kind, step=…, **facts)` that appends to events.jsonl on rank 0."""
+
+    def event(kind: str, *, step: int, **facts: Any) -> None:
+        if not is_main:
+            return
+        lines = JsonLines(run_dir / EVENTS)
+        lines.write(step, {"event": kind, "at": time.time(), **facts})
+        lines.close()
+
+    return event

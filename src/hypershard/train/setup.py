@@ -1,0 +1,208 @@
+"""From the configuration to the parts of a training job, in one visible order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..catalog.gpus import gpu_by_device_name
+from ..checkpoint.hf import load_hf_weights
+from ..checkpoint.local import LocalTier
+from ..checkpoint.manager import CheckpointManager
+from ..config.checks import accumulation_steps, check_vocabulary, check_world
+from ..config.schema import Config, ModelConfig, OptimConfig
+from ..data.loader import Loader
+from ..data.open import open_dataset, prepare_dataset
+from ..data.source import Dataset, TokenSource
+from ..distributed.collectives import barrier
+from ..distributed.mesh import build_mesh
+from ..distributed.process_group import World
+from ..log import logger
+from ..models.family import Family, family_of, parameter_count
+from ..optim.adamw import build_adamw
+from ..parallel.apply import apply
+from ..parallel.fsdp import ShardedModule
+from ..parallel.init import initialise
+from ..storage import local_path
+from ..units import format_count
+from .loss import LanguageModel
+from .state import checkpoint_tensors
+from .stop import Limits
+
+
+@dataclass(frozen=True)
+class Job:
+    """All parts of a training, built once; what changes during it is the weights, the optimizer and `Progress`."""
+
+    world: World
+    seed: int
+    model: ModelConfig
+    optim: OptimConfig
+    module: LanguageModel
+    sharded: ShardedModule
+    parameters: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    train_data: Loader
+    val_data: Loader
+    batch_sizes: tuple[int, int]  # sequences per rank in training, in validation
+    data_identity: Mapping[str, Any]
+    tokenizer_path: Path | None
+    eos_token_id: int | None
+    accumulation: int
+    samples_per_step: int
+    tokens_per_step: int
+    limits: Limits
+    validation_batches: int
+    flops_per_token: float
+    peak_flops_per_gpu: float | None
+    checkpoints: CheckpointManager
+    tensors: Mapping[str, torch.Tensor]
+
+    def facts(self, progress: object) -> dict[str, Any]:
+        """What a checkpoint says of itself besides its tensors."""
+        return {
+            **dataclasses.asdict(progress),  # type: ignore[call-overload]
+            "seed": self.seed,
+            "model": dataclasses.asdict(self.model),
+            "data": dict(self.data_identity),
+            "samples_per_step": self.samples_per_step,
+            "eos_token_id": self.eos_token_id,
+        }
+
+
+def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
+    """Build every part. Raises a UserError for whatever the configuration asks that cannot be."""
+    check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
+    dataset = _open_data(config, world)
+    model = _complete_model(config.model, dataset)
+    family = family_of(model.model_type)
+    accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
+    samples_per_step = config.data.train_batch_size * world.size * accumulation
+    batch_sizes = (config.data.train_batch_size, config.data.val_batch_size or config.data.train_batch_size)
+    train_data = _loader(config, model, dataset.train, world, batch_size=batch_sizes[0])
+    limits = _limits(config, train_data.samples_per_epoch, samples_per_step)
+
+    module, sharded = _build_module(config, model, family, world)
+    parameters = dict(module.hf_model.named_parameters())
+    specs = family.parameters(model)
+    if config.train.init_from in ("scratch", "resume"):
+        initialise(parameters, specs, seed=config.data.seed, device=world.device)
+    else:
+        load_hf_weights(local_path(config.train.init_from, flag="--init_from"), parameters)
+    decayed = {spec.name for spec in specs if spec.decay}
+    optimizer = build_adamw(parameters, decayed=decayed, optim=config.optim)
+
+    context = model.max_context_width
+    logger.info(
+        f"{model.model_type} with {format_count(parameter_count(model))} parameters, {config.parallel.sharding_strategy} "
+        f"over {world.size} x {device_name(world.device)}; a step is {samples_per_step} x {context} tokens"
+    )
+    return Job(
+        world=world,
+        seed=config.data.seed,
+        model=model,
+        optim=config.optim,
+        module=module,
+        sharded=sharded,
+        parameters=parameters,
+        optimizer=optimizer,
+        train_data=train_data,
+        val_data=_loader(config, model, dataset.val, world, batch_size=batch_sizes[1]),
+        batch_sizes=batch_sizes,
+        data_identity={"fingerprint": dataset.train.fingerprint, "seed": config.data.seed, "context": context},
+        tokenizer_path=dataset.tokenizer_path,
+        eos_token_id=dataset.eos_token_id,
+        accumulation=accumulation,
+        samples_per_step=samples_per_step,
+        tokens_per_step=samples_per_step * context,
+        limits=limits,
+        validation_batches=config.train.validation_batches,
+        flops_per_token=family.flops_per_token(model, context_tokens=context).total,
+        peak_flops_per_gpu=_peak_flops(config, world.device),
+        checkpoints=CheckpointManager(
+            LocalTier(checkpoint_dir, group=world.checkpoint_group),
+            keep=config.checkpoint.keep_checkpoints,
+            asynchronous=config.checkpoint.async_checkpointing,
+        ),
+        tensors=checkpoint_tensors(parameters, optimizer),
+    )
+
+
+def _open_data(config: Config, world: World) -> Dataset:
+    """Open the data set; on each node one rank tokenises text into the cache while the others wait."""
+    if world.ranks.local_rank == 0:
+        prepare_dataset(config.data)
+    barrier()
+    return open_dataset(config.data)
+
+
+def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
+    """Fill the model section's open values; the vocabulary is the tokenizer's unless given."""
+    check_vocabulary(model, tokenizer_vocab_size=dataset.vocab_size)
+    return dataclasses.replace(model, vocab_size=model.vocab_size or dataset.vocab_size)
+
+
+def _loader(config: Config, model: ModelConfig, source: TokenSource, world: World, *, batch_size: int) -> Loader:
+    return Loader(
+        source,
+        context_tokens=model.max_context_width,
+        batch_size=batch_size,
+        rank=world.ranks.rank,
+        world_size=world.size,
+        seed=config.data.seed,
+        document_mask=config.data.document_mask,
+    )
+
+
+def _limits(config: Config, num_samples: int, samples_per_step: int) -> Limits:
+    """The run's last step: max_steps, or as many as the epochs hold, whichever comes first."""
+    train = config.train
+    epochs = config.data.epochs or (1 if train.max_steps is None else None)
+    by_epochs = None if epochs is None else max(1, epochs * num_samples // samples_per_step)
+    last_step = min(steps for steps in (train.max_steps, by_epochs) if steps is not None)
+    return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600)
+
+
+def _build_module(
+    config: Config, model: ModelConfig, family: Family, world: World
+) -> tuple[LanguageModel, ShardedModule]:
+    hf_model = family.build(model)
+    sequences = config.data.train_batch_size * world.size
+    accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
+    family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / (sequences * accumulation))
+    module = LanguageModel(
+        hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
+    )
+    mesh = build_mesh(
+        config.parallel.sharding_strategy,
+        world_size=world.size,
+        hybrid_shard_degree=config.parallel.hybrid_shard_degree or world.ranks.local_world_size,
+        device_type=world.device.type,
+    )
+    sharded = apply(module, family.blocks(hf_model), mesh=mesh, parallel=config.parallel, device=world.device)
+    return module.train(), sharded
+
+
+def _peak_flops(config: Config, device: torch.device) -> float | None:
+    """The GPU's dense bfloat16 peak in FLOP/s; None on a CPU, where no utilisation is reported unless a peak is given."""
+    if config.train.peak_tflops_per_gpu:
+        return config.train.peak_tflops_per_gpu * 1e12
+    if device.type != "cuda":
+        return None
+    gpu = gpu_by_device_name(torch.cuda.getdevice_name(device))
+    if gpu is None or gpu.bf16_tflops is None:
+        logger.warning(
+            f"the catalog has no bfloat16 peak for {torch.cuda.getdevice_name(device)}: no MFU is reported; "
+            f"give --peak_tflops_per_gpu"
+        )
+        return None
+    return gpu.bf16_tflops * 1e12
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "CPU"

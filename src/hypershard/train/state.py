@@ -1,0 +1,86 @@
+"""Where the training stands, and the tensors that hold it: everything a checkpoint must contain, nothing more.
+
+Random numbers need no entry: every step seeds its generators from (seed, step, rank), so a resumed step
+draws what an uninterrupted one would, and a run on another number of ranks has numbers of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..optim.adamw import MOMENTS
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of the run over all its restarts. `samples` is the position in the data's global order."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    optimizer_steps: int = 0
+    skipped_in_row: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; the same on every rank but for `seconds`.
+
+    loss in nats per token over the global batch; grad_norm before clipping; `skipped` when either was not finite
+    and the weights were left alone; `stop_asked` when any rank saw a signal or the end of its hours.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    samples: int
+    seconds: float
+    skipped: bool
+    stop_asked: bool
+
+
+def advance(progress: Progress, report: StepReport) -> Progress:
+    """The state after a step."""
+    return Progress(
+        step=progress.step + 1,
+        samples=progress.samples + report.samples,
+        tokens=progress.tokens + report.tokens,
+        seconds=progress.seconds + report.seconds,
+        optimizer_steps=progress.optimizer_steps + (not report.skipped),
+        skipped_in_row=progress.skipped_in_row + 1 if report.skipped else 0,
+    )
+
+
+def checkpoint_tensors(
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Weights and moments by name; loading into them in place restores the training."""
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment in MOMENTS if parameter in optimizer.state else ():
+            tensors[f"optimizer/{moment}/{name}"] = optimizer.state[parameter][moment]
+    return tensors
+
+
+def progress_from(facts: Mapping[str, object]) -> Progress:
+    """The counters in a checkpoint's facts."""
+    names = [field.name for field in dataclasses.fields(Progress)]
+    return Progress(**{name: facts[name] for name in names})  # type: ignore[arg-type]
+
+
+def seed_everything(seed: int, *, step: int, rank: int) -> None:
+    """Make all random numbers of a step a function of (seed, step, rank): torch on every device, numpy, Python."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)

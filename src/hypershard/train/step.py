@@ -1,0 +1,78 @@
+"""One optimizer step: every micro-batch forward and backward, one look at the result, one update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..data.packing import Batch
+from ..distributed.collectives import sum_over_ranks
+from ..optim.adamw import set_learning_rate
+from ..optim.gradients import clip, local_gradients, sum_of_squares
+from ..optim.schedule import learning_rate
+from .setup import Job
+from .state import Progress, StepReport, seed_everything
+
+
+def train_step(job: Job, progress: Progress, *, stop_wanted: bool) -> StepReport:
+    """Do the step after `progress`. The weights stay as they are if the loss or the gradient is not finite.
+
+    Besides FSDP2's own there are two collectives: the count of valid tokens before backward, so that the loss is
+    normalised over all ranks and micro-steps, and one vector after it (loss, gradient norm, wish to stop).
+    """
+    started_at = time.perf_counter()
+    step = progress.step + 1
+    seed_everything(job.seed, step=step, rank=job.world.ranks.rank)
+    batches = job.train_data.step(progress.samples, accumulation=job.accumulation)
+    loss_sum, valid_tokens = accumulate_gradients(job, batches)
+    gradients = local_gradients(job.parameters.values())
+    totals = sum_over_ranks(
+        [loss_sum, sum_of_squares(gradients) / job.sharded.num_replicas, float(stop_wanted)], device=job.world.device
+    ).tolist()
+    loss, grad_norm = totals[0] / valid_tokens.item(), math.sqrt(totals[1])
+    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    lr = learning_rate(step, job.optim, last_step=job.limits.last_step)
+    if not skipped:
+        clip(gradients, norm=grad_norm, limit=job.optim.grad_clip)
+        set_learning_rate(job.optimizer, lr)
+        job.optimizer.step()
+    job.optimizer.zero_grad()
+    return StepReport(
+        loss=loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=job.tokens_per_step,
+        samples=job.samples_per_step,
+        seconds=time.perf_counter() - started_at,
+        skipped=skipped,
+        stop_asked=totals[2] > 0,
+    )
+
+
+def accumulate_gradients(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward and backward of all micro-batches; gradients of the mean loss per valid token are left in place.
+
+    Returns this rank's summed loss and the number of valid tokens over all ranks, float32 scalars on the device.
+    """
+    device = job.world.device
+    counted = sum_over_ranks([float(sum(batch.num_valid_tokens for batch in batches))], device=device)
+    # Stays on the device, so that the host does not wait. A step without a single target divides by 1.
+    valid_tokens = counted[0].clamp(min=1).float()
+    loss_sum = torch.zeros((), device=device)
+    for index, batch in enumerate(batches):
+        job.sharded.begin_micro_step(index, len(batches))
+        loss = job.module(*on_device(batch, device))
+        (loss / valid_tokens).backward()
+        loss_sum += loss.detach()
+    return loss_sum, valid_tokens
+
+
+def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The batch as `LanguageModel.forward` takes it: input_ids, labels, position_ids, int64 [B, T]."""
+    input_ids, labels, position_ids = (
+        tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, batch.position_ids)
+    )
+    return input_ids, labels, position_ids

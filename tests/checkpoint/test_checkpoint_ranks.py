@@ -1,0 +1,83 @@
+"""Many ranks: saved by some number of them, loaded by another, and one rank's trouble told by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoint_ranks as ranks
+import pytest
+import torch
+from tests.rank_pool import RankPool
+from tiny import blank, same, values
+
+from hypershard.checkpoint.local import LocalTier
+from hypershard.checkpoint.manager import CheckpointManager
+
+
+def load_alone(directory: Path) -> dict[str, torch.Tensor]:
+    tensors = blank()
+    assert CheckpointManager(LocalTier(directory), keep=9, asynchronous=False).restore(tensors) is not None
+    return tensors
+
+
+@pytest.mark.parametrize(("asynchronous", "replicas"), [(False, 0), (True, 0), (True, 1), (False, 2)])
+def test_two_ranks_save_and_any_number_loads(
+    pools: Callable[[int], RankPool], tmp_path: Path, asynchronous: bool, replicas: int
+) -> None:
+    pools(2).run(ranks.save, tmp_path, 4, replicas, asynchronous)
+    assert same(load_alone(tmp_path), values(4))
+    for number, loading_replicas in ((2, 0), (2, 2), (3, 0)):
+        for facts, tensors in pools(number).run(ranks.load, tmp_path, loading_replicas):
+            assert facts == {"step": 4, "tokens": 4}
+            assert same(tensors, values(4))
+
+
+def test_one_or_three_ranks_save_and_two_load(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    CheckpointManager(LocalTier(tmp_path / "one"), keep=9, asynchronous=False).save(5, values(5), {})
+    pools(3).run(ranks.save, tmp_path / "three", 6, 0, True)
+    assert same(load_alone(tmp_path / "three"), values(6))
+    for directory, number in (("one", 5), ("three", 6)):
+        for _, tensors in pools(2).run(ranks.load, tmp_path / directory, 0):
+            assert same(tensors, values(number))
+
+
+def test_fsdp_model_and_moments_while_training_goes_on(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    expected = pools(2).run(ranks.train_and_save, tmp_path)[0]
+    found = {name: torch.full_like(tensor, 9) for name, tensor in expected.items()}
+    CheckpointManager(LocalTier(tmp_path), keep=1, asynchronous=False).restore(found)
+    assert same(found, expected)
+
+
+def test_damage_is_the_same_error_on_all_ranks(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    pools(2).run(ranks.save, tmp_path, 4, 0, False)
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        path = tmp_path / "step-00000004" / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    errors = pools(2).run(ranks.error_of_verify, tmp_path)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("CheckpointError") and "__0_0.distcp" in errors[0] and "__1_0.distcp" in errors[0]
+
+
+def test_one_rank_that_cannot_write_is_told_by_all_and_leaves_nothing(
+    pools: Callable[[int], RankPool], tmp_path: Path
+) -> None:
+    pools(2).run(ranks.save, tmp_path, 4, 0, False)
+    errors = pools(2).run(ranks.error_when_one_rank_cannot_write, tmp_path)
+    for error in errors:
+        assert error.startswith("StorageError") and "failed on rank(s) 1" in error and "File too large" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert same(pools(2).run(ranks.load, tmp_path, 0)[1][1], values(4))
+
+
+def test_unshared_directory_is_refused_by_all(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    for error in pools(2).run(ranks.error_of_unshared_directory, tmp_path):
+        assert error.startswith("StorageError") and "not seen by rank(s) 1" in error
+
+
+def test_one_rank_with_another_model_is_told_by_all(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
+    pools(2).run(ranks.save, tmp_path, 4, 0, False)
+    for error in pools(2).run(ranks.error_when_one_rank_has_another_model, tmp_path):
+        assert error.startswith("CheckpointError") and "model/norm: found in the checkpoint" in error
