@@ -31,7 +31,7 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """`function(world, *arguments)` on every rank; the results in rank order, or AssertionError with what failed."""
+        """`function(world, *arguments)` on every rank; results in rank order, or AssertionError with what failed."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         answers = []

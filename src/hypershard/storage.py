@@ -65,7 +65,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         with readable_errors(path, "writing"):
-            os.replace(temporary, path)
+            temporary.replace(path)
             sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

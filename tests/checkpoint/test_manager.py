@@ -136,6 +136,16 @@ def test_damaged_checkpoint_never_counts_as_kept(tmp_path: Path) -> None:
     assert manager.restore(found) is not None and same(found, values(3))
 
 
+def test_second_save_of_a_step_leaves_one_checkpoint(tmp_path: Path) -> None:
+    manager = CheckpointManager(LocalTier(tmp_path), keep=3, asynchronous=False)
+    for number in (1, 2):
+        manager.save(7, values(number), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007.2"]
+    found = blank()
+    manager.restore(found)
+    assert same(found, values(2))
+
+
 def test_newer_checkpoints_of_another_run_are_refused_before_training(tmp_path: Path) -> None:
     CheckpointManager(LocalTier(tmp_path), keep=3, asynchronous=False).save(50, values(1), {})
     manager = CheckpointManager(LocalTier(tmp_path), keep=1, asynchronous=False)

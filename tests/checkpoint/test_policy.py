@@ -7,8 +7,16 @@ from hypershard.checkpoint.policy import is_due, steps_to_delete
 
 @pytest.mark.parametrize(
     ("step", "every", "last_step", "due"),
-    [(10, 10, None, True), (11, 10, None, False), (0, 10, None, False), (11, 10, 11, True), (11, None, 11, True)]
-    + [(10, None, 11, False), (10, None, None, False), (20, 10, 5, True)],
+    [
+        (10, 10, None, True),
+        (11, 10, None, False),
+        (0, 10, None, False),
+        (11, 10, 11, True),
+        (11, None, 11, True),
+        (10, None, 11, False),
+        (10, None, None, False),
+        (20, 10, 5, True),
+    ],
 )
 def test_is_due(step: int, every: int | None, last_step: int | None, due: bool) -> None:
     assert is_due(step, every, last_step) is due

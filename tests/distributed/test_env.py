@@ -12,7 +12,8 @@ def test_alone() -> None:
 
 def test_torchrun_wins_over_srun() -> None:
     environment = {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "29",
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h",
+        "MASTER_PORT": "29",
         "SLURM_STEP_ID": "0", "SLURM_PROCID": "9",
     }  # fmt: skip
     assert read_ranks(environment) == Ranks(3, 4, 1, 2, "h", 29, "torchrun")

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ def test_decays_from_peak_to_minimum(style: str) -> None:
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert values[9] == 1.0
     assert values[-1] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(values[9:], values[10:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values[9:]))
 
 
 def test_values_in_the_middle() -> None:

@@ -1,9 +1,11 @@
 """The same run gives the same losses however it is spread.
 
-Tolerance: 2e-5 relative in float32. Between world sizes, strategies and accumulations only the order of sums
-changes (micro-batches, reduce-scatter, norm); float32 carries 6e-8 per operation, some hundred operations deep
-and amplified by AdamW's division in early steps. Within one layout, offload and checkpointing change no sum at
-all, so those are compared bit for bit.
+Between world sizes, strategies and accumulations only the order of float32 sums changes (micro-batches,
+reduce-scatter, norm). Tolerances, all relative: step 1 sees rounding alone, 6e-8 an operation and some tens deep,
+so 2e-6 for its loss and gradient norm. Later steps see it through AdamW, whose first updates are about
+lr x sign(gradient) and so turn the rounding of a near-zero gradient into a whole update of that weight: 2e-5 for
+losses, 1e-3 for gradient norms, which are that much more sensitive. Within one layout, offload and activation
+checkpointing change no sum at all: those are compared bit for bit.
 """
 
 from collections.abc import Callable
@@ -14,11 +16,19 @@ from tests.jobs import tiny, train_losses
 from tests.rank_pool import RankPool
 
 STEPS = 4
-TOLERANCE = 2e-5
+Steps = list[tuple[float, float]]  # (loss, gradient norm)
+
+
+def assert_same_training(found: Steps, expected: Steps) -> None:
+    """The module's tolerances, for two runs of as many steps."""
+    assert len(found) == len(expected) > 1
+    assert found[0] == pytest.approx(expected[0], rel=2e-6)
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=2e-5)
+    assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=1e-3)
 
 
 @pytest.fixture(scope="module")
-def reference(pools: Callable[[int], RankPool], cache_dir: Path) -> list[tuple[float, float]]:
+def reference(pools: Callable[[int], RankPool], cache_dir: Path) -> Steps:
     """One rank, whole model, no accumulation: what everything else must reproduce."""
     flags = tiny(sharding_strategy="none", train_batch_size=4)
     return pools(1).run(train_losses, flags, cache_dir, STEPS)[0]
@@ -44,14 +54,13 @@ def reference(pools: Callable[[int], RankPool], cache_dir: Path) -> list[tuple[f
 def test_losses_do_not_depend_on_the_layout(
     pools: Callable[[int], RankPool],
     cache_dir: Path,
-    reference: list[tuple[float, float]],
+    reference: Steps,
     num_ranks: int,
     settings: dict,
 ) -> None:
     results = pools(num_ranks).run(train_losses, tiny(**settings), cache_dir, STEPS)
     assert all(result == results[0] for result in results), "ranks disagree about the loss"
-    for found, expected in zip(results[0], reference, strict=True):
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert_same_training(results[0], reference)
 
 
 @pytest.mark.parametrize("strategy", ["full", "zero1"])
@@ -83,12 +92,11 @@ def test_every_family_trains_alike_on_one_and_two_ranks(
     common = f"--model {model} --num_layers 2 --max_context_width 64 --bf16 0 --max_steps 9 --lr 0.001 --warmup 0"
     one = pools(1).run(train_losses, f"{common} --train_batch_size 4", cache_dir, 3)[0]
     two = pools(2).run(train_losses, f"{common} --train_batch_size 1 --gradient_accumulation_steps 2", cache_dir, 3)[0]
-    for found, expected in zip(two, one, strict=True):
-        assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert_same_training(two, one)
 
 
 def test_bf16_computes_in_bf16_and_stays_close(
-    pools: Callable[[int], RankPool], cache_dir: Path, reference: list[tuple[float, float]]
+    pools: Callable[[int], RankPool], cache_dir: Path, reference: Steps
 ) -> None:
     """bfloat16 has 8 bits of mantissa: losses differ, by less than 1%."""
     settings = {"sharding_strategy": "full", "train_batch_size": 2, "bf16": 1}
@@ -100,11 +108,8 @@ def test_bf16_computes_in_bf16_and_stays_close(
     assert offloaded == found
 
 
-def test_compiled_blocks_agree(
-    pools: Callable[[int], RankPool], cache_dir: Path, reference: list[tuple[float, float]]
-) -> None:
+def test_compiled_blocks_agree(pools: Callable[[int], RankPool], cache_dir: Path, reference: Steps) -> None:
     """The compiler fuses and reorders within a block, so bits may differ but not by more than float32's rounding."""
     settings = {"sharding_strategy": "full", "train_batch_size": 2, "compile": 1, "activation_checkpointing": "full"}
     found = pools(2).run(train_losses, tiny(**settings), cache_dir, STEPS)[0]
-    for step, expected in zip(found, reference, strict=True):
-        assert step == pytest.approx(expected, rel=TOLERANCE)
+    assert_same_training(found, reference)

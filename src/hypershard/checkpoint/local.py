@@ -63,7 +63,7 @@ class LocalTier:
 
     def probe(self) -> None:
         """Raise StorageError unless rank 0 can write here and every rank sees what it wrote."""
-        path = self.peers.on_main(self._write_probe)
+        path = self.directory / self.peers.on_main(self._write_probe)
         try:
             seen = self.peers.together(path.exists)
         finally:
@@ -76,10 +76,10 @@ class LocalTier:
                 f"not seen by rank(s) {', '.join(map(str, blind))}; expected a disk that all nodes share"
             )
 
-    def _write_probe(self) -> Path:
-        path = make_directory(self.directory) / f".probe-{uuid.uuid4().hex}"
-        write_bytes(path, b"")
-        return path
+    def _write_probe(self) -> str:
+        name = f".probe-{uuid.uuid4().hex}"
+        write_bytes(make_directory(self.directory) / name, b"")
+        return name
 
     def save(self, step: int, snapshot: Snapshot, facts: Mapping[str, Any]) -> CheckpointRecord:
         record = self.peers.on_main(lambda: self._new_directory(step))

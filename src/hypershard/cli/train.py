@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="hypershard train [--model NAME] [--config FILE] [--flag value | --flag=value] ...",
         description="Train a causal language model. Values: defaults < model file < run file (--config) < flags.",
         epilog=_EPILOG,
-        formatter_class=type("Formatter", (HelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -41,12 +41,13 @@ def check(config: Config) -> None:
         )
     if data.global_batch_tokens is not None and data.gradient_accumulation_steps is not None:
         raise ConfigError("--global_batch_tokens works out gradient_accumulation_steps; give one of the two")
-    if train.init_from == "resume" and checkpoint.resume_from_checkpoint is None and checkpoint.checkpoint_dir is None:
-        if config.report.run_dir is None:
-            raise ConfigError("--init_from=resume: say from where, by --resume_from_checkpoint DIR or --run_dir RUN")
+    places = (checkpoint.resume_from_checkpoint, checkpoint.checkpoint_dir, config.report.run_dir)
+    if train.init_from == "resume" and not any(places):
+        raise ConfigError("--init_from=resume: say from where, by --resume_from_checkpoint DIR or --run_dir RUN")
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
-            f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}: the wsd decay would be cut"
+            f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}, which would cut the "
+            f"decay of wsd; lower --lr_decay_iters"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def _number(plain: type, value: Any, text: str) -> Any:
     except ValueError:
         return None
     if plain is float:
-        return number if number == number else None  # NaN is no setting
+        return None if math.isnan(number) else number
     return int(number) if number.is_integer() else None  # 1e3 and 1000 are both whole
 
 
@@ -95,8 +96,8 @@ def _nearest(word: str, known: Sequence[str], *, prefix: str = "") -> str:
     return f"; did you mean {prefix}{match[0]}?" if match else ""
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """argparse's formatter with room for the names and the defaults' units."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """argparse's formatter with room for the flags' names; description and epilog keep their lines."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=120)

@@ -153,8 +153,8 @@ class ParallelConfig:
 
     sharding_strategy: str = setting(
         "full",
-        "full: weights, gradients and optimizer sharded over all GPUs; hybrid: sharded inside groups, copied between them; "
-        "zero2: weights gathered once a step; zero1: gradients whole too; none: everything on every GPU",
+        "full: weights, gradients and optimizer sharded over all GPUs; hybrid: sharded inside groups, copied between "
+        "them; zero2: weights gathered once a step; zero1: gradients whole too; none: everything on every GPU",
         choices=("full", "hybrid", "zero1", "zero2", "none"),
     )
     hybrid_shard_degree: int | None = setting(
@@ -210,7 +210,8 @@ class CheckpointConfig:
     async_checkpointing: bool = setting(True, "write checkpoints beside the training, from a copy in host memory")
     resume_from_checkpoint: str | None = setting(
         None,
-        "go on from the newest valid checkpoint in this folder, or start if there is none; without a value: checkpoint_dir",
+        "go on from the newest valid checkpoint in this folder, or start if there is none; without a value: "
+        "checkpoint_dir",
         value_when_bare="auto",
     )
 

@@ -2,11 +2,13 @@
 
 Three ways to be started are understood, in this order:
 
-| started by | variables read |
-|---|---|
-| torchrun, or `hypershard train` starting its own ranks | RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT |
-| srun, one task per GPU | SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_STEP_NODELIST SLURM_JOB_ID |
-| a person, alone | none: one rank |
+    torchrun, or `hypershard train` starting its own ranks
+        RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    srun, one task per GPU
+        SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_STEP_TASKS_PER_NODE SLURM_STEP_NODELIST
+        SLURM_JOB_ID
+    a person, alone
+        none: one rank
 """
 
 from __future__ import annotations

@@ -37,9 +37,11 @@ def start(ranks: Ranks) -> World:
     """
     device = _device(ranks)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    arguments = {"device_id": device} if device.type == "cuda" else {}
+    bound = device if device.type == "cuda" else None
     if ranks.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT, **arguments)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT, device_id=bound
+        )
     else:
         address = f"tcp://{ranks.master_addr}:{ranks.master_port}"
         # torchrun's agent already serves the rendezvous store; "env://" makes torch use it instead of a second one.
@@ -50,7 +52,7 @@ def start(ranks: Ranks) -> World:
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=_TIMEOUT,
-            **arguments,
+            device_id=bound,
         )
     # Saving runs in a thread beside the training; on the training's own group the two would wait for each other.
     return World(ranks, device, dist.new_group(backend="gloo", timeout=_TIMEOUT))

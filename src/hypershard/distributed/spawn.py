@@ -52,7 +52,12 @@ def run_ranks(command: Sequence[str], *, num_ranks: int) -> int:
             }
             children.append(
                 # A session of its own: the terminal's Ctrl-C reaches the rank once, through `forward`.
-                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent)
+                subprocess.Popen(  # preexec_fn is unsafe beside threads; this process has none
+                    command,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509
+                )
             )
         return _wait(children)
     finally:

@@ -61,7 +61,7 @@ class _LiveLine:
 
 
 def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
-    """One line for a person: `step 12/60  loss 5.1234  norm 1.21  lr 3.0e-04  12.3k tok/s  mfu 41.2%  1.20 GiB  eta 2m05s`."""
+    """One line for a person: `step 12/60  loss 5.1234  norm 1.21  lr 3.0e-04  12.3k tok/s  1.20 GiB  eta 42s`."""
     parts = [f"step {step}/{last_step}"]
     if "validation_loss" in record:
         return f"{parts[0]}  validation loss {record['validation_loss']:.4f}"

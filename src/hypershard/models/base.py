@@ -80,7 +80,7 @@ class Family:
     # --- configuration
 
     def complete(self, model: ModelConfig) -> ModelConfig:
-        """`model` with every None filled in but vocab_size. A head_width that comes out uneven stays None for `check`."""
+        """`model` with every None filled in but vocab_size; a head_width that is no whole number stays for `check`."""
         head_width = model.hidden_width // model.num_heads if model.hidden_width % model.num_heads == 0 else None
         values = {
             "num_key_value_heads": model.num_heads,

@@ -38,8 +38,8 @@ class Gpt2(Family):
             )
         if model.num_key_value_heads != model.num_heads:
             raise ConfigError(
-                f"--num_key_value_heads={model.num_key_value_heads}: gpt2 has as many as --num_heads={model.num_heads}; "
-                f"drop the flag"
+                f"--num_key_value_heads={model.num_key_value_heads}: gpt2 has as many as "
+                f"--num_heads={model.num_heads}; drop the flag"
             )
 
     def parameters(self, model: ModelConfig) -> list[ParameterSpec]:

@@ -23,8 +23,8 @@ class RopeFamily(Family):
         super().check_heads(model)
         if (model.head_width or 0) % 2:
             raise ConfigError(
-                f"--head_width={model.head_width} (hidden_width {model.hidden_width} / num_heads {model.num_heads}) is odd; "
-                f"rotary positions turn pairs, so choose an even --head_width or another --num_heads"
+                f"--head_width={model.head_width} is odd (--hidden_width={model.hidden_width}, --num_heads={model.num_heads}); "
+                f"rotary positions turn pairs of numbers, so choose an even --head_width or another --num_heads"
             )
 
     def parameters(self, model: ModelConfig) -> list[ParameterSpec]:
@@ -113,12 +113,13 @@ class LlamaV3(LlamaV2):
     def check(self, model: ModelConfig) -> None:
         if model.rotary_emb_base == 10_000:
             raise ConfigError(
-                "--rotary_emb_base=10000 is Llama 2's; Llama 3 uses 500000 (drop the flag), or set --model_type=llama_v2"
+                "--rotary_emb_base=10000 is Llama 2's; Llama 3 uses 500000: drop the flag, or set --model_type=llama_v2"
             )
         sizes = (model.hidden_width, model.num_layers, model.num_heads)
         if sizes == (3072, 28, 24) and model.intermediate_size == 11008:
             raise ConfigError(
-                "--intermediate_size=11008 with the other sizes of Llama-3.2-3B makes a 3.94B model; Llama-3.2-3B has 8192"
+                "--intermediate_size=11008 with the other sizes of Llama-3.2-3B makes a 3.94B model; "
+                "Llama-3.2-3B has --intermediate_size=8192"
             )
         super().check(model)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..config.schema import ModelConfig
+from ..log import logger
 from .base import ParameterSpec
 from .llama import gated_parameters, linear
 from .mixtral import MoeFamily
@@ -75,7 +76,23 @@ class Llama4(MoeFamily):
             "router_aux_loss_coef": model.router_loss_weight,
         }
 
+    def build(self, model: ModelConfig) -> PreTrainedModel:
+        if model.max_context_width > model.attention_chunk_size and not chunks_follow_documents():
+            logger.warning(
+                f"this transformers cuts packed rows into chunks of --attention_chunk_size={model.attention_chunk_size} "
+                f"wherever documents begin, so with --max_context_width={model.max_context_width} a document that "
+                f"crosses a border loses sight of its start; transformers 5.23 counts chunks from each document's start"
+            )
+        return super().build(model)
+
     def adapt_modules(self, hf_model: PreTrainedModel) -> None:
         from .moe_modules import group_llama4
 
         group_llama4(hf_model)
+
+
+def chunks_follow_documents() -> bool:
+    """Whether the installed transformers counts attention chunks from each packed document's start (5.23 on)."""
+    from transformers import masking_utils
+
+    return hasattr(masking_utils, "remap_positions_for_packed_sequence")

@@ -22,7 +22,8 @@ class MoeFamily(RopeFamily):
         num_experts, chosen = complete.num_experts or 0, complete.experts_per_token or 0
         if chosen > num_experts:
             raise ConfigError(
-                f"--experts_per_token={chosen} is more than --num_experts={num_experts}; lower the one or raise the other"
+                f"--experts_per_token={chosen} is more than --num_experts={num_experts}; "
+                f"lower the one or raise the other"
             )
         super().check(model)
 

@@ -69,7 +69,7 @@ def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> 
     return F.grouped_mm(rows, weight, offs=ends)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _grouped_mm_uncompiled(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return F.grouped_mm(rows, weight, offs=ends)
 

@@ -27,8 +27,10 @@ _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.defaul
 
 def checkpoint_activations(block: nn.Module, mode: str) -> None:
     """Make `block` recompute in backward: everything (`full`) or all but the costly operations (`selective`)."""
-    contexts = {"context_fn": _selective_contexts} if mode == "selective" else {}
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    checkpointed = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if mode == "selective":
+        checkpointed = functools.partial(checkpointed, context_fn=_selective_contexts)
+    block.forward = checkpointed
 
 
 def _selective_contexts() -> Any:

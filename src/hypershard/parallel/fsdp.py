@@ -54,9 +54,8 @@ class ShardedModule:
 
     def reshard(self) -> None:
         """Free gathered weights; after a forward without backward they would stay, and outlive a restore."""
-        for module in self.module.modules():  # type: ignore[attr-defined]
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in fsdp_modules(self.module):  # type: ignore[arg-type]
+            module.reshard()
 
 
 def shard(
@@ -82,6 +81,12 @@ def shard(
             offload_policy=offload,
         )
     sharded = fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    sharded.set_gradient_divide_factor(1.0)
-    sharded.set_force_sum_reduction_for_comms(True)  # a factor of 1 needs no NCCL pre-multiplied sum
+    for module in fsdp_modules(sharded):  # these two settings do not reach submodules by themselves
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # a factor of 1 needs no NCCL pre-multiplied sum
     return ShardedModule(sharded, parallel.sharding_strategy, mesh)
+
+
+def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
+    """The root and every block that FSDP2 manages."""
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]

@@ -19,6 +19,7 @@ def check(report: StepReport, progress: Progress, *, max_skipped_steps: int) -> 
         raise TrainingDiverged(
             f"step {progress.step}: {found}; {progress.skipped_in_row} steps in a row were skipped "
             f"(--max_skipped_steps={max_skipped_steps}). The weights are those of the last finite step. "
-            f"Lower --lr, lengthen --warmup, or look at samples {progress.samples - report.samples} to {progress.samples - 1}"
+            f"Lower --lr, lengthen --warmup, or look at the samples at positions "
+            f"{progress.samples - report.samples} to {progress.samples - 1}"
         )
     logger.warning(f"step {progress.step}: {found}; the weights were left as they are")

@@ -34,7 +34,8 @@ class LanguageModel(nn.Module):
         """Summed cross entropy in nats, float32 scalar; input_ids, labels, position_ids are int64 [B, T]."""
         backbone, head = self._parts
         hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return summed_cross_entropy(hidden.flatten(0, 1), head.weight, labels.flatten())
+        weight: torch.Tensor = head.weight  # type: ignore[assignment]
+        return summed_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
 
 
 def summed_cross_entropy(
@@ -51,7 +52,7 @@ def summed_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes by position
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, rows: int, with_grad: bool
     ) -> torch.Tensor:
         for_hidden = with_grad and ctx.needs_input_grad[0]

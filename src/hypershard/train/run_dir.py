@@ -90,7 +90,9 @@ def _code_state() -> str:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(("git", "-C", str(here), *arguments), capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                ("git", "-C", str(here), *arguments), capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None

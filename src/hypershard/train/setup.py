@@ -99,8 +99,9 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
 
     context = model.max_context_width
     logger.info(
-        f"{model.model_type} with {format_count(parameter_count(model))} parameters, {config.parallel.sharding_strategy} "
-        f"over {world.size} x {device_name(world.device)}; a step is {samples_per_step} x {context} tokens"
+        f"{model.model_type} with {format_count(parameter_count(model))} parameters, "
+        f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}; "
+        f"a step is {samples_per_step} x {context} tokens"
     )
     return Job(
         world=world,
@@ -189,15 +190,15 @@ def _build_module(
 
 
 def _peak_flops(config: Config, device: torch.device) -> float | None:
-    """The GPU's dense bfloat16 peak in FLOP/s; None on a CPU, where no utilisation is reported unless a peak is given."""
+    """The GPU's dense bfloat16 peak in FLOP/s; None on a CPU, which has none to compare with unless one is given."""
     if config.train.peak_tflops_per_gpu:
         return config.train.peak_tflops_per_gpu * 1e12
     if device.type != "cuda":
         return None
-    gpu = gpu_by_device_name(torch.cuda.getdevice_name(device))
+    gpu = gpu_by_device_name(torch.cuda.get_device_name(device))
     if gpu is None or gpu.bf16_tflops is None:
         logger.warning(
-            f"the catalog has no bfloat16 peak for {torch.cuda.getdevice_name(device)}: no MFU is reported; "
+            f"the catalog has no bfloat16 peak for {torch.cuda.get_device_name(device)}: no MFU is reported; "
             f"give --peak_tflops_per_gpu"
         )
         return None
@@ -205,4 +206,4 @@ def _peak_flops(config: Config, device: torch.device) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
