@@ -84,3 +84,16 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks that `hypershard train` started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within a moment (a zombie that nobody has collected has ended)."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state in "ZX":
+            return True
+        time.sleep(0.05)
+    return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.manifest import (
     checkpoint_directory,
@@ -37,22 +36,14 @@ examples:
 """
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `checkpoint` to the verbs of a command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("checkpoint", help="list, verify and export checkpoints")
-    _fill_parser(parser)
-    return parser
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hypershard checkpoint", allow_abbrev=False)
-    _fill_parser(parser)
-    return parser
-
-
-def _fill_parser(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="hypershard checkpoint",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|export")
     for name, text in (
         ("list", "show all checkpoints, newest first"),
@@ -79,13 +70,14 @@ def _fill_parser(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--tokenizer",
                 metavar="PATH",
-                help="tokenizer.json, or the folder that holds it, to put beside the weights",
+                help="tokenizer.json or its folder, to put beside the weights; default: the run's own",
             )
+    return parser
 
 
-def run(arguments: argparse.Namespace | Sequence[str]) -> int:
-    """Do what the parsed (or raw) arguments say; 0 when done. Raises CheckpointError and StorageError."""
-    args = arguments if isinstance(arguments, argparse.Namespace) else build_parser().parse_args(list(arguments))
+def run(argv: Sequence[str]) -> int:
+    """Do what the arguments say; 0 when done. Raises CheckpointError and StorageError."""
+    args = build_parser().parse_args(argv)
     actions = {"list": _list, "verify": _verify, "export": _export}
     return actions[args.action](args)
 
@@ -173,15 +165,16 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace, vocab_size: int | None) -> tuple[Path | None, int | None]:
-    if args.tokenizer is None:
-        logger.warning("no --tokenizer given: the model directory will have none")
-        return None, None
-    from ..data.tokenizer import load_tokenizer
+    from ..data.tokenizer import kept_tokenizer, load_tokenizer
 
-    tokenizer = load_tokenizer(local_path(args.tokenizer, flag="--tokenizer"))
+    given = local_path(args.tokenizer, flag="--tokenizer") if args.tokenizer else kept_tokenizer(_directory(args))
+    if given is None:
+        logger.warning("the run keeps no tokenizer and no --tokenizer is given: the model directory will have none")
+        return None, None
+    tokenizer = load_tokenizer(given)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
-            f"--tokenizer={args.tokenizer} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+            f"--tokenizer={given} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
             f"give the tokenizer it was trained with"
         )
     return tokenizer.path, tokenizer.eos_token_id

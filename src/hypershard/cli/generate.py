@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.manifest import checkpoint_directory, complete_checkpoints, read_facts, read_manifest
 from ..checkpoint.tier import CheckpointRecord
 from ..config.schema import ModelConfig
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import kept_tokenizer, load_tokenizer
 from ..errors import CheckpointError
 from ..models.family import family_of
 from ..storage import local_path
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     records = complete_checkpoints(directory)
     if not records:
         raise CheckpointError(f"{directory}: found no finished checkpoint; expected a run directory with checkpoints/")
-    tokenizer_path = local_path(args.tokenizer, flag="--tokenizer") if args.tokenizer else run_tokenizer(directory)
+    tokenizer_path = local_path(args.tokenizer, flag="--tokenizer") if args.tokenizer else kept_tokenizer(directory)
     if tokenizer_path is None:
         raise CheckpointError(f"found no tokenizer beside {directory}; give --tokenizer")
     tokenizer = load_tokenizer(tokenizer_path)
@@ -67,14 +67,6 @@ def run(argv: Sequence[str]) -> int:
     )
     print(texts.decode(output[0].tolist()))
     return 0
-
-
-def run_tokenizer(checkpoint_dir: Path) -> Path | None:
-    """The tokenizer a run keeps beside its checkpoints, if it is there."""
-    for folder in (checkpoint_dir.parent, checkpoint_dir.parent.parent):
-        if (folder / "tokenizer" / "tokenizer.json").is_file():
-            return folder / "tokenizer"
-    return None
 
 
 def _load(record: CheckpointRecord) -> tuple[Any, int | None]:

@@ -49,6 +49,14 @@ def tokenizer_file(location: str | Path) -> Path:
     return file
 
 
+def kept_tokenizer(checkpoint_dir: Path) -> Path | None:
+    """The tokenizer that a run keeps beside its checkpoints (a run directory's tokenizer/), if it is there."""
+    for folder in (checkpoint_dir.parent, checkpoint_dir.parent.parent):
+        if (folder / "tokenizer" / "tokenizer.json").is_file():
+            return folder / "tokenizer"
+    return None
+
+
 def load_tokenizer(location: str | Path) -> TextTokenizer:
     """Load a tokenizer. DataError: no such file, not a tokenizer, or no end-of-document token known."""
     from tokenizers import Tokenizer

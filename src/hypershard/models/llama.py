@@ -23,8 +23,9 @@ class RopeFamily(Family):
         super().check_heads(model)
         if (model.head_width or 0) % 2:
             raise ConfigError(
-                f"--head_width={model.head_width} is odd (--hidden_width={model.hidden_width}, --num_heads={model.num_heads}); "
-                f"rotary positions turn pairs of numbers, so choose an even --head_width or another --num_heads"
+                f"--head_width={model.head_width} is odd (--hidden_width={model.hidden_width}, "
+                f"--num_heads={model.num_heads}); rotary positions turn pairs of numbers, so choose an even "
+                f"--head_width or another --num_heads"
             )
 
     def parameters(self, model: ModelConfig) -> list[ParameterSpec]:

@@ -79,9 +79,9 @@ class Llama4(MoeFamily):
     def build(self, model: ModelConfig) -> PreTrainedModel:
         if model.max_context_width > model.attention_chunk_size and not chunks_follow_documents():
             logger.warning(
-                f"this transformers cuts packed rows into chunks of --attention_chunk_size={model.attention_chunk_size} "
-                f"wherever documents begin, so with --max_context_width={model.max_context_width} a document that "
-                f"crosses a border loses sight of its start; transformers 5.23 counts chunks from each document's start"
+                f"transformers counts chunks of --attention_chunk_size={model.attention_chunk_size} from the start "
+                f"of a row, so with --max_context_width={model.max_context_width} a packed document that crosses a "
+                f"border loses sight of its start; version 5.23 counts from each document's start"
             )
         return super().build(model)
 
