@@ -13,6 +13,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## create the virtual environment and install everything
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV): torch, transformers and what they need; some minutes where nothing is cached"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -14,9 +14,12 @@ ANSWER_SECONDS = 240  # a rank that says nothing for so long hangs
 
 
 class RankPool:
-    """`num_ranks` processes that share one process group; `run` calls a module-level function on each."""
+    """`num_ranks` processes that share one process group, on the host unless `gpu`.
 
-    def __init__(self, num_ranks: int) -> None:
+    `run` calls a module-level function on each.
+    """
+
+    def __init__(self, num_ranks: int, *, gpu: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -25,7 +28,7 @@ class RankPool:
         self._processes = []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, num_ranks, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, num_ranks, port, gpu, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -48,8 +51,10 @@ class RankPool:
             process.join()
 
 
-def _serve(rank: int, num_ranks: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, num_ranks: int, port: int, gpu: bool, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers on a machine with GPUs as on one without
     import torch
 
     from hypershard.distributed.env import Ranks

@@ -54,7 +54,7 @@ def count_step(world: World, flags: str, cache_dir: Path) -> dict[str, int]:
     ],
     ids=["full", "zero2", "zero1", "none"],
 )
-def test_collectives_are_the_minimum(
+def test_collectives_are_the_minimum(  # noqa: PLR0917 - pytest passes by name
     pools: Callable[[int], RankPool],
     cache_dir: Path,
     strategy: str,

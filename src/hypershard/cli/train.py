@@ -126,7 +126,7 @@ def _train(config: Config, ranks: Ranks, model_name: str) -> int:
 
 def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     from ..distributed.collectives import from_main
-    from ..distributed.process_group import leave, set_cpu_threads, start
+    from ..distributed.process_group import leave, make_deterministic, set_cpu_threads, start
     from ..storage import local_path
     from ..train.loop import Schedule
     from ..train.loop import run as train
@@ -141,6 +141,8 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     from ..train.setup import build_job, device_name
 
     set_cpu_threads(ranks)
+    if config.parallel.deterministic:
+        make_deterministic()
     world = start(ranks)
     run_dir = from_main(choose_run_dir(config.report, model_name=model_name))
     given = config.checkpoint.checkpoint_dir

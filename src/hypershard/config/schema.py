@@ -169,6 +169,9 @@ class ParallelConfig:
     )
     offload_activations: bool = setting(False, "keep what backward needs in host memory")
     cpu_offload: bool = setting(False, "keep weights, gradients and optimizer in host memory")
+    deterministic: bool = setting(
+        False, "only operations that give the same bits every time; on a GPU attention's backward is slower with it"
+    )
     compile: bool = setting(False, "torch.compile each block")
     limit_all_gathers: bool = setting(True, "bound the weights gathered ahead; FSDP2 always does, so 0 is refused")
     activation_loading_horizon: int | None = setting(

@@ -73,6 +73,16 @@ def _device(ranks: Ranks) -> torch.device:
     return device
 
 
+def make_deterministic() -> None:
+    """Refuse operations that add in an arbitrary order, before any has run.
+
+    Flash attention's backward is one on GPUs: without this a resumed run follows an uninterrupted one to rounding,
+    with it bit for bit. On a CPU nothing changes.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
+    torch.use_deterministic_algorithms(True)
+
+
 def leave() -> None:
     """Leave the group at a clean end, all ranks together."""
     dist.destroy_process_group()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class ShardedModule:
 
     def reshard(self) -> None:
         """Free gathered weights; after a forward without backward they would stay, and outlive a restore."""
-        for module in fsdp_modules(self.module):  # type: ignore[arg-type]
+        for module in fsdp_modules(self.module):
             module.reshard()
 
 
@@ -87,6 +88,6 @@ def shard(
     return ShardedModule(sharded, parallel.sharding_strategy, mesh)
 
 
-def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(root: Any) -> list[FSDPModule]:
     """The root and every block that FSDP2 manages."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
