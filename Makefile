@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## train a small Llama on embedded text with 2 ranks, show its curve and let it write
 	@rm -rf $(DEMO_DIR)
-	$(BIN)/hypershard train --model tiny_llama --nproc_per_node 2 --max_steps 100 --checkpoint_freq 50 --validation_freq 50 --run_dir $(DEMO_DIR)
+	$(BIN)/hypershard train --model tiny_llama --nproc_per_node 2 --max_steps 120 --checkpoint_freq 60 --validation_freq 60 --run_dir $(DEMO_DIR)
 	@echo
 	$(BIN)/hypershard report $(DEMO_DIR)
 	@echo
