@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.manifest import checkpoint_directory, complete_checkpoints, read_facts, read_manifest
 from ..checkpoint.tier import CheckpointRecord
 from ..config.schema import ModelConfig
-from ..data.tokenizer import kept_tokenizer, load_tokenizer
 from ..errors import CheckpointError
 from ..models.family import family_of
 from ..storage import local_path
@@ -36,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
+    from ..data.tokenizer import kept_tokenizer, load_tokenizer
+
     args = build_parser().parse_args(argv)
     directory = checkpoint_directory(local_path(args.run_dir, flag="RUN"))
     records = complete_checkpoints(directory)

@@ -69,19 +69,17 @@ def run(
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
             if report.stop_asked:
                 asked = from_main(wanted) or "a signal to another rank"
+            if is_due(progress.step, schedule.logging, job.limits.last_step):
+                _write(job, progress, report, sinks)
             if is_due(progress.step, schedule.save, job.limits.last_step):
                 _save(job, progress, event)
                 saved_step = progress.step
             job.checkpoints.poll()
-            if is_due(progress.step, schedule.validation, None):
+            if is_due(progress.step, schedule.validation, job.limits.last_step):
                 validation_loss = _validate(job, progress, sinks)
-            if is_due(progress.step, schedule.logging, job.limits.last_step):
-                _write(job, progress, report, sinks)
         if saved_step != progress.step:
             _save(job, progress, event)
         job.checkpoints.finish()
-        if reason == "steps":
-            validation_loss = _validate(job, progress, sinks)
         event("stopped", step=progress.step, reason=reason)
         for sink in sinks:
             sink.close()
