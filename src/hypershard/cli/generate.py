@@ -35,9 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
+    args = build_parser().parse_args(argv)
     from ..data.tokenizer import kept_tokenizer, load_tokenizer
 
-    args = build_parser().parse_args(argv)
     directory = checkpoint_directory(local_path(args.run_dir, flag="RUN"))
     records = complete_checkpoints(directory)
     if not records:
