@@ -44,6 +44,7 @@ FLAGS = {
     "document_mask": 0,  # the peer has none
     "validation_batches": 1,
     "tensorboard_dir": "none",
+    "checkpoint_freq": 0,
 }
 
 

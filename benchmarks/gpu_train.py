@@ -57,7 +57,7 @@ def measure(shape: Shape, batch_size: int, checkpointing: str, *, seconds_left: 
             "document_mask": 0,  # one document per sequence, as published figures have it
             "max_steps": STEPS,
             "validation_batches": 1,
-            "checkpoint_freq": "none",
+            "checkpoint_freq": 0,
             "tensorboard_dir": "none",
             "run_dir": run_dir,
         }

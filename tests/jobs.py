@@ -40,7 +40,7 @@ def train_losses(world: World, flags: str, cache_dir: Path, num_steps: int) -> l
         progress, found = Progress(), []
         for _ in range(num_steps):
             report = train_step(job, progress, stop_wanted=False)
-            progress = advance(progress, report)
+            progress = advance(progress, report, seconds=report.seconds)
             found.append((report.loss, report.grad_norm))
         return found
 

@@ -13,7 +13,15 @@ from hypershard.models.files import available_models, model_file
 
 NAMES = available_models()
 # Said even where they equal a default: they are what the file is about.
-SIZES = {"model_type", "hidden_width", "num_layers", "num_heads", "max_context_width", "intermediate_size"}
+SIZES = {
+    "max_position_embeddings",
+    "model_type",
+    "hidden_width",
+    "num_layers",
+    "num_heads",
+    "max_context_width",
+    "intermediate_size",
+}
 
 
 def test_the_promised_files_are_there() -> None:
@@ -40,6 +48,7 @@ def test_every_file_says_its_source_and_is_accepted(name: str) -> None:
     family.check(model)
     if first.startswith("# https"):
         assert model.vocab_size is not None
+        assert model.max_position_embeddings is not None, "a longer --max_context_width would pass unnoticed"
     # A line that only repeats what the family or the schema says anyway is noise.
     for key in set(values) - SIZES:
         without = resolve(Layer(name, {k: v for k, v in values.items() if k != key})).config

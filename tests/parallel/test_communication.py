@@ -33,7 +33,9 @@ class Collectives(TorchDispatchMode):
 
 def count_step(world: World, flags: str, cache_dir: Path) -> dict[str, int]:
     with a_job(world, flags, cache_dir) as job:
-        progress = advance(Progress(), train_step(job, Progress(), stop_wanted=False))  # lazy set-up happens here
+        progress = advance(
+            Progress(), train_step(job, Progress(), stop_wanted=False), seconds=0.0
+        )  # lazy set-up happens here
         with Collectives() as counted:
             train_step(job, progress, stop_wanted=False)
         mesh_shape = tuple(job.sharded.mesh.shape)

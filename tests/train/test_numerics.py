@@ -108,8 +108,17 @@ def test_bf16_computes_in_bf16_and_stays_close(
     assert offloaded == found
 
 
-def test_compiled_blocks_agree(pools: Callable[[int], RankPool], cache_dir: Path, reference: Steps) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "full", "offload_activations": 1, "cpu_offload": 1},
+    ],
+    ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()),
+)
+def test_compiled_blocks_agree(
+    pools: Callable[[int], RankPool], cache_dir: Path, reference: Steps, settings: dict
+) -> None:
     """The compiler fuses and reorders within a block, so bits may differ but not by more than float32's rounding."""
-    settings = {"sharding_strategy": "full", "train_batch_size": 2, "compile": 1, "activation_checkpointing": "full"}
-    found = pools(2).run(train_losses, tiny(**settings), cache_dir, STEPS)[0]
+    found = pools(2).run(train_losses, tiny(train_batch_size=2, compile=1, **settings), cache_dir, STEPS)[0]
     assert_same_training(found, reference)

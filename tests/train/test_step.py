@@ -65,7 +65,7 @@ def nan_step(world: World, flags: str, cache_dir: Path) -> dict[str, object]:
         unchanged = all(torch.equal(p.to_local(), before[n]) for n, p in job.parameters.items())  # type: ignore[attr-defined]
         moments = all(not job.optimizer.state[p]["exp_avg"].to_local().any() for p in job.parameters.values())
         steps = {float(state["step"]) for state in job.optimizer.state.values()}
-        good = train_step(job, advance(Progress(), report), stop_wanted=False)
+        good = train_step(job, advance(Progress(), report, seconds=0.0), stop_wanted=False)
         return {
             "skipped": report.skipped,
             "unchanged": unchanged,
@@ -84,14 +84,14 @@ def test_the_guard_gives_up_after_the_allowed_number() -> None:
     report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, True, False)
     progress = Progress(step=4, samples=8)
     for number in range(3):
-        progress = advance(progress, report)
+        progress = advance(progress, report, seconds=report.seconds)
         assert progress.skipped_in_row == number + 1
         guard.check(report, progress, max_skipped_steps=3)
-    progress = advance(progress, report)
+    progress = advance(progress, report, seconds=report.seconds)
     with pytest.raises(TrainingDiverged, match=r"4 steps in a row.*positions 14 to 15"):
         guard.check(report, progress, max_skipped_steps=3)
     good = dataclasses.replace(report, skipped=False)
-    assert advance(progress, good).skipped_in_row == 0
+    assert advance(progress, good, seconds=0.0).skipped_in_row == 0
 
 
 def context_of_batches(world: World, flags: str, cache_dir: Path) -> tuple[int, ...]:

@@ -161,7 +161,12 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
             keep_tokenizer(run_dir, job.tokenizer_path)
         outcome = train(
             job,
-            Schedule(config.train.logging_freq, config.train.validation_freq, config.checkpoint.checkpoint_freq),
+            Schedule(
+                logging=config.train.logging_freq,
+                validation=config.train.validation_freq,
+                save=config.checkpoint.checkpoint_freq or None,
+                saves=config.checkpoint.checkpoint_freq != 0,
+            ),
             resume=resume,
             resume_from=None
             if resume_from in (None, "auto")
@@ -172,7 +177,7 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
             event=event,
         )
     except Exception as error:
-        event("failed", step=-1, error=f"{type(error).__name__}: {error}")
+        event("failed", error=f"{type(error).__name__}: {error}")
         raise
     if ranks.is_main:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"

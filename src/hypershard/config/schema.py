@@ -207,7 +207,10 @@ class CheckpointConfig:
 
     checkpoint_dir: str | None = setting(None, "where checkpoints are written; default: <run_dir>/checkpoints")
     checkpoint_freq: int | None = setting(
-        500, "steps between saves; 'none' saves only at the end and on a signal", minimum=1, unit="steps"
+        500,
+        "steps between saves; 'none' saves only at the end and on a signal, 0 never",
+        minimum=0,
+        unit="steps",
     )
     keep_checkpoints: int = setting(3, "newest checkpoints kept; older ones are deleted", minimum=1)
     async_checkpointing: bool = setting(True, "write checkpoints beside the training, from a copy in host memory")

@@ -28,8 +28,11 @@ class JsonLines:
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
+        self.append({"step": step, **record})
+
+    def append(self, record: Mapping[str, Any]) -> None:
         with readable_errors(self.path, "writing"):
-            self._file.write(json.dumps({"step": step, **record}) + "\n")
+            self._file.write(json.dumps(record) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.policy import is_due
 from ..distributed.collectives import from_main
+from ..log import logger
 from ..metrics.memory import peak_memory_bytes
 from ..metrics.sinks import Sink
 from ..metrics.throughput import throughput
@@ -24,11 +26,12 @@ from .stop import StopSignals, stop_reason
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in steps; None is never."""
+    """When things happen, in steps; None: only at the end. `saves` False: no checkpoint is ever written."""
 
     logging: int
     validation: int | None
     save: int | None
+    saves: bool
 
 
 @dataclass(frozen=True)
@@ -58,32 +61,48 @@ def run(
     if eval_only:
         return Outcome("eval_only", progress, _validate(job, progress, sinks))
     rehearse(job)
-    job.checkpoints.begin(progress.step, job.tensors)
+    if schedule.saves:
+        job.checkpoints.begin(progress.step, job.tensors)
+    else:
+        logger.warning("--checkpoint_freq=0: nothing will be saved, and a stop loses the run")
     saved_step, validation_loss = progress.step, None
     asked: str | None = None
+    since = Stopwatch()
     with StopSignals() as signals:
         while (reason := stop_reason(progress, job.limits, asked=asked)) is None:
             wanted = signals.received or _hours_are_over(job, progress)
             report = train_step(job, progress, stop_wanted=wanted is not None)
-            progress = advance(progress, report)
+            progress = advance(progress, report, seconds=since.restart())
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
             if report.stop_asked:
                 asked = from_main(wanted) or "a signal to another rank"
             if is_due(progress.step, schedule.logging, job.limits.last_step):
                 _write(job, progress, report, sinks)
-            if is_due(progress.step, schedule.save, job.limits.last_step):
+            if schedule.saves and is_due(progress.step, schedule.save, job.limits.last_step):
                 _save(job, progress, event)
                 saved_step = progress.step
             job.checkpoints.poll()
             if is_due(progress.step, schedule.validation, job.limits.last_step):
                 validation_loss = _validate(job, progress, sinks)
-        if saved_step != progress.step:
+        if schedule.saves and saved_step != progress.step:
             _save(job, progress, event)
         job.checkpoints.finish()
         event("stopped", step=progress.step, reason=reason)
         for sink in sinks:
             sink.close()
     return Outcome(reason, progress, validation_loss)
+
+
+class Stopwatch:
+    """Seconds since it was last read: what a step took with the saves and validations before it."""
+
+    def __init__(self) -> None:
+        self._read_at = time.perf_counter()
+
+    def restart(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._read_at = now - self._read_at, now
+        return elapsed
 
 
 def _hours_are_over(job: Job, progress: Progress) -> str | None:

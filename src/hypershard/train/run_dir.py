@@ -122,13 +122,13 @@ def sinks_opener(
 
 
 def event_writer(run_dir: Path, *, is_main: bool) -> Callable[..., None]:
-    """A function `event(kind, step=…, **facts)` that appends to events.jsonl on rank 0."""
+    """A function `event(kind, **facts)` that appends to events.jsonl on rank 0, with the time in seconds since 1970."""
 
-    def event(kind: str, *, step: int, **facts: Any) -> None:
+    def event(kind: str, **facts: Any) -> None:
         if not is_main:
             return
         lines = JsonLines(run_dir / EVENTS)
-        lines.write(step, {"event": kind, "at": time.time(), **facts})
+        lines.append({"event": kind, "at": time.time(), **facts})
         lines.close()
 
     return event

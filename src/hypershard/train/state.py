@@ -48,13 +48,13 @@ class StepReport:
     stop_asked: bool
 
 
-def advance(progress: Progress, report: StepReport) -> Progress:
-    """The state after a step."""
+def advance(progress: Progress, report: StepReport, *, seconds: float) -> Progress:
+    """The state after a step that took `seconds` of the run, saves and validations before it included."""
     return Progress(
         step=progress.step + 1,
         samples=progress.samples + report.samples,
         tokens=progress.tokens + report.tokens,
-        seconds=progress.seconds + report.seconds,
+        seconds=progress.seconds + seconds,
         optimizer_steps=progress.optimizer_steps + (not report.skipped),
         skipped_in_row=progress.skipped_in_row + 1 if report.skipped else 0,
     )
