@@ -181,3 +181,11 @@ def test_restores_in_place_into_parameters(tmp_path: Path) -> None:
     address = other.data_ptr()
     manager.restore({"model/w": other})
     assert other.data_ptr() == address and torch.equal(other, weight) and other.requires_grad
+
+
+def test_async_copies_that_the_host_cannot_hold_are_refused_beforehand(tmp_path: Path) -> None:
+    """Expanded from one number: 2^46 bytes of values without the memory, as a model too large would ask for."""
+    tensors = {"model/w": torch.zeros(()).expand(2**22, 2**22)}
+    manager = CheckpointManager(LocalTier(tmp_path), keep=1, asynchronous=True)
+    with pytest.raises(StorageError, match=r"64.00 TiB in host memory, found .*--async_checkpointing=0"):
+        manager.begin(0, tensors)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
+from ..errors import StorageError
 from ..log import logger
 from ..units import format_bytes
 
@@ -71,11 +74,25 @@ class HostBuffers:
         self._buffers: dict[MetadataIndex, torch.Tensor] = {}
 
     def reserve(self, snapshot: Snapshot) -> None:
-        """Allocate and touch the memory now, so that the first save neither runs out of it nor waits for it."""
-        for index, part in snapshot.parts.items():
-            buffer = self._buffers.get(index)
-            if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
-                self._buffers[index] = self._allocate(part)
+        """Allocate and touch the memory now, so that the first save neither runs out of it nor waits for it.
+
+        Raises StorageError when the host has less to give than this rank's copy needs: Linux would promise the memory
+        and kill the process when it is touched.
+        """
+        missing = {index: part for index, part in snapshot.parts.items() if not self._fits(index, part)}
+        needed_bytes, free_bytes = sum(part.nbytes for part in missing.values()), available_memory_bytes()
+        if needed_bytes > free_bytes:
+            raise StorageError(
+                f"--async_checkpointing=1 keeps a copy of {format_bytes(needed_bytes)} in host memory, found "
+                f"{format_bytes(free_bytes)} available; set --async_checkpointing=0, which writes without a copy",
+                shared_by_all_ranks=False,
+            )
+        for index, part in missing.items():
+            self._buffers[index] = self._allocate(part)
+
+    def _fits(self, index: MetadataIndex, part: torch.Tensor) -> bool:
+        buffer = self._buffers.get(index)
+        return buffer is not None and buffer.shape == part.shape and buffer.dtype == part.dtype
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its values copied. On return the originals may change; the next copy reuses the memory."""
@@ -106,3 +123,11 @@ class HostBuffers:
             return
         # Runs before the buffers themselves are freed, and not at exit, when CUDA may be gone already.
         weakref.finalize(self, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
+
+
+def available_memory_bytes() -> int:
+    """Host memory that can be had without swapping, as Linux estimates it (MemAvailable of /proc/meminfo)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024  # the file counts KiB
+    return sys.maxsize
