@@ -87,6 +87,19 @@ def test_wrong_input_names_what_to_change(line: str, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_takes_nonsense(name: str) -> None:
+    """Every flag that is no free text refuses a word, naming itself."""
+    if isinstance(SETTINGS[name][1].default, str) and not SETTINGS[name][1].metadata["choices"]:
+        return
+    try:
+        coerce(name, "banana", where=f"--{name}")
+    except ConfigError as error:
+        assert str(error).startswith(f"--{name}: found 'banana', expected")
+    else:
+        assert SETTINGS[name][1].type in ("str", "str | None"), f"--{name}=banana was accepted"
+
+
 def test_yaml_errors(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     for text, expected in (

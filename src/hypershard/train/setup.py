@@ -22,6 +22,7 @@ from ..data.source import Dataset, TokenSource
 from ..distributed.collectives import barrier
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
+from ..errors import ConfigError
 from ..log import logger
 from ..models.family import Family, family_of, parameter_count
 from ..optim.adamw import build_adamw
@@ -78,6 +79,7 @@ class Job:
 def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     """Build every part. Raises a UserError for whatever the configuration asks that cannot be."""
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
+    _refuse_missing_bf16(config, world.device)
     dataset = _open_data(config, world)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
@@ -87,7 +89,7 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     train_data = _loader(config, model, dataset.train, world, batch_size=batch_sizes[0])
     limits = _limits(config, train_data.samples_per_epoch, samples_per_step)
 
-    module, sharded = _build_module(config, model, family, world)
+    module, sharded = _build_module(config, model, family, world, samples_per_step=samples_per_step)
     parameters = dict(module.hf_model.named_parameters())
     specs = family.parameters(model)
     if config.train.init_from in ("scratch", "resume"):
@@ -170,12 +172,11 @@ def _limits(config: Config, num_samples: int, samples_per_step: int) -> Limits:
 
 
 def _build_module(
-    config: Config, model: ModelConfig, family: Family, world: World
+    config: Config, model: ModelConfig, family: Family, world: World, *, samples_per_step: int
 ) -> tuple[LanguageModel, ShardedModule]:
+    """The sharded model, materialised but without values."""
     hf_model = family.build(model)
-    sequences = config.data.train_batch_size * world.size
-    accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
-    family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / (sequences * accumulation))
+    family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / samples_per_step)
     module = LanguageModel(
         hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
     )
@@ -187,6 +188,13 @@ def _build_module(
     )
     sharded = apply(module, family.blocks(hf_model), mesh=mesh, parallel=config.parallel, device=world.device)
     return module.train(), sharded
+
+
+def _refuse_missing_bf16(config: Config, device: torch.device) -> None:
+    if config.parallel.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"--bf16=1: {device_name(device)} computes no bfloat16 (GPUs from the A100 and A10G on do); set --bf16=0"
+        )
 
 
 def _peak_flops(config: Config, device: torch.device) -> float | None:
