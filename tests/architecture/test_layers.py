@@ -124,7 +124,7 @@ def test_sizes_stay_readable() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
                 assert length <= (120 if path.parent.name == "train" else 60), f"{path.name}: {node.name}"
-    assert (SOURCE / "train" / "loop.py").read_text().count("\n") <= 160
+    assert (SOURCE / "train" / "loop.py").read_text().count("\n") <= 110, "the page"
 
 
 def test_defaults_are_written_once() -> None:

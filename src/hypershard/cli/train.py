@@ -6,12 +6,14 @@ Started by a person it starts its ranks itself; under torchrun or srun it is one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.checks import check
 from ..config.flags import HelpFormatter, add_settings, parse
@@ -19,10 +21,13 @@ from ..config.schema import Config
 from ..config.sources import Layer, Resolved, read_yaml, resolve, show
 from ..distributed.env import Ranks, read_ranks
 from ..distributed.spawn import num_gpus, run_ranks
-from ..errors import ConfigError, HypershardError
+from ..errors import ConfigError, HypershardError, StorageError
 from ..log import logger, setup_logging
 from ..models.family import family_of
 from ..models.files import available_models, model_file
+
+if TYPE_CHECKING:
+    from ..train.restore import Start
 
 _OWN_FLAGS = ("model", "config", "nproc_per_node", "show_config")
 _EPILOG = """examples:
@@ -147,9 +152,8 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     run_dir = from_main(choose_run_dir(config.report, model_name=model_name))
     given = config.checkpoint.checkpoint_dir
     checkpoint_dir = local_path(given, flag="--checkpoint_dir") if given else run_dir / "checkpoints"
-    resume_from = config.checkpoint.resume_from_checkpoint
-    resume = resume_from is not None or config.train.init_from == "resume"
-    if not resume and not config.train.eval_only:
+    start_from = _start_of(config)
+    if not start_from.resume and not config.train.eval_only:
         refuse_second_start(run_dir, checkpoint_dir)
     event = event_writer(run_dir, is_main=ranks.is_main)
     if ranks.is_main:
@@ -161,29 +165,37 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
             keep_tokenizer(run_dir, job.tokenizer_path)
         outcome = train(
             job,
+            start_from,
             Schedule(
                 logging=config.train.logging_freq,
                 validation=config.train.validation_freq,
                 save=config.checkpoint.checkpoint_freq or None,
                 saves=config.checkpoint.checkpoint_freq != 0,
             ),
-            resume=resume,
-            resume_from=None
-            if resume_from in (None, "auto")
-            else local_path(resume_from or "", flag="--resume_from_checkpoint"),
-            resume_required=config.train.init_from == "resume",
             eval_only=config.train.eval_only,
             open_sinks=sinks_opener(run_dir, config.report, is_main=ranks.is_main, last_step=job.limits.last_step),
             event=event,
         )
     except Exception as error:
-        event("failed", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
+            event("failed", error=f"{type(error).__name__}: {error}")
         raise
     if ranks.is_main:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
     leave()
     return 0
+
+
+def _start_of(config: Config) -> Start:
+    """What --init_from and --resume_from_checkpoint mean together."""
+    from ..storage import local_path
+    from ..train.restore import Start
+
+    folder = config.checkpoint.resume_from_checkpoint
+    required = config.train.init_from == "resume"
+    source = None if folder is None or folder == "auto" else local_path(folder, flag="--resume_from_checkpoint")
+    return Start(resume=folder is not None or required, source=source, required=required)
 
 
 def _report(error: BaseException, ranks: Ranks) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,30 @@ _FREE = {
 }
 
 
-def restore(job: Job, *, source: Path | None, required: bool) -> Progress:
-    """Load the newest valid checkpoint in `source` (None: the job's own) into the job and return its counters.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or with `resume` after the newest valid checkpoint in `source`.
 
-    With none there the run starts, unless one is `required`. Raises CheckpointError for another model's.
+    `source` None is the job's own folder; with `required` a run without a checkpoint is an error.
     """
-    facts = job.checkpoints.restore(job.tensors, from_dir=source)
+
+    resume: bool = False
+    source: Path | None = None
+    required: bool = False
+
+
+def restore(job: Job, start: Start) -> Progress:
+    """Load the checkpoint that `start` means into the job and return its counters, or those of a new run.
+
+    Raises CheckpointError for another model's, or when one is required and there is none.
+    """
+    if not start.resume:
+        return Progress()
+    facts = job.checkpoints.restore(job.tensors, from_dir=start.source)
     if facts is None:
-        if required:
+        if start.required:
             raise CheckpointError(
-                f"--init_from=resume: no valid checkpoint in {source or 'checkpoint_dir'}; "
+                f"--init_from=resume: no valid checkpoint in {start.source or 'checkpoint_dir'}; "
                 f"name another --resume_from_checkpoint, or drop --init_from to start anew"
             )
         logger.info("no checkpoint to go on from; starting at step 0")

@@ -19,6 +19,10 @@ class Limits:
     last_step: int
     max_seconds: float | None
 
+    def hours_over(self, progress: Progress) -> str | None:
+        """ "hours" when the run has had its time, else None."""
+        return "hours" if self.max_seconds is not None and progress.seconds >= self.max_seconds else None
+
 
 def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str | None:
     """ "steps", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on."""
