@@ -43,10 +43,9 @@ class _LiveLine:
     """A progress bar with the newest numbers beside it."""
 
     def __init__(self, last_step: int, first_step: int) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
-        self._progress = Progress(*columns)
+        self._progress = Progress(BarColumn(bar_width=24), TextColumn("{task.description}"))
         self._progress.start()
         self._task = self._progress.add_task("starting", total=last_step, completed=first_step)
 
