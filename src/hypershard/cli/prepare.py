@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..log import logger
 from ..units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from ..data.prepare import Progress
     from ..data.token_bins import BinsMeta
-
-SECONDS_BETWEEN_LINES = 5.0
 
 _DESCRIPTION = """\
 Turn text into token ids once, so that training starts at once: reads .txt and .jsonl files (also packed as .gz
@@ -115,7 +112,9 @@ def _summary(output: Path, meta: BinsMeta, seconds: float) -> str:
 def _shown_progress() -> Iterator[Callable[[Progress], None]]:
     """A moving bar on a terminal; elsewhere a log line every few seconds."""
     if not sys.stderr.isatty():
-        yield _line_every(SECONDS_BETWEEN_LINES)
+        from ..data.prepare import log_progress
+
+        yield log_progress()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -133,21 +132,3 @@ def _shown_progress() -> Iterator[Callable[[Progress], None]]:
         yield lambda done: bar.update(
             task, completed=done.read_bytes, total=done.total_bytes, tokens=format_count(done.num_tokens)
         )
-
-
-def _line_every(seconds: float) -> Callable[[Progress], None]:
-    written_at = time.monotonic()
-
-    def show(done: Progress) -> None:
-        nonlocal written_at
-        if time.monotonic() - written_at >= seconds:
-            written_at = time.monotonic()
-            logger.info(
-                "%s of %s, %s documents, %s tokens",
-                format_bytes(done.read_bytes),
-                format_bytes(done.total_bytes),
-                format_count(done.num_documents),
-                format_count(done.num_tokens),
-            )
-
-    return show

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import DataError
+from ..log import logger
 from ..storage import make_directory, readable_errors, remove_tree, sync_directory, write_json
+from ..units import format_bytes, format_count
 from .documents import Piece, TextFile, find_text_files, read_pieces
 from .token_bins import META_FILE, SPLITS, BinsMeta, SplitMeta, dtype_for, file_sha256, numpy_dtype
 from .tokenizer import COMPANION_FILES, TextTokenizer
@@ -45,6 +48,22 @@ class Progress:
     total_bytes: int
     num_documents: int
     num_tokens: int
+
+
+def log_progress(*, every_seconds: float = 5.0) -> Callable[[Progress], None]:
+    """A `progress` that writes a log line every few seconds, for where no terminal shows a bar."""
+    written_at = time.monotonic()
+
+    def show(done: Progress) -> None:
+        nonlocal written_at
+        if time.monotonic() - written_at >= every_seconds:
+            written_at = time.monotonic()
+            logger.info(
+                f"tokenised {format_bytes(done.read_bytes)} of {format_bytes(done.total_bytes)}, "
+                f"{format_count(done.num_documents)} documents, {format_count(done.num_tokens)} tokens"
+            )
+
+    return show
 
 
 def prepare(

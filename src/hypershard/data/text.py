@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..log import logger
 from .documents import TextFile, find_text_files
-from .prepare import SPLIT_SEED, VAL_SHARE, prepare
+from .prepare import SPLIT_SEED, VAL_SHARE, log_progress, prepare
 from .token_bins import FORMAT_VERSION, META_FILE
 from .tokenizer import TextTokenizer
 
@@ -35,7 +35,15 @@ def prepare_text(
     total_bytes = sum(file.size_bytes for file in files)
     logger.info("tokenising %d files, %.1f MB, into %s", len(files), total_bytes / 1e6, folder)
     try:
-        prepare(inputs, folder, tokenizer, text_field=text_field, val_share=val_share, seed=SPLIT_SEED)
+        prepare(
+            inputs,
+            folder,
+            tokenizer,
+            text_field=text_field,
+            val_share=val_share,
+            seed=SPLIT_SEED,
+            progress=log_progress(),
+        )
     except DataError:
         if (folder / META_FILE).is_file():  # another node with the same cache_dir was faster
             return folder
