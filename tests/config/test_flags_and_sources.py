@@ -71,6 +71,7 @@ def test_precedence_and_provenance(tmp_path: Path) -> None:
         ("--num_heads 4 --num_key_value_heads 3", "num_key_value_heads"),
         ("--max_context_width 512 --max_position_embeddings 256", "max_context_width"),
         ("--model llama2_7b --max_context_width 16384", "longer than the 4096 positions"),
+        ("--eval_only 1", "untrained weights"),
         ("--limit_all_gathers 0", "--limit_all_gathers=0"),
         ("--activation_loading_horizon 2", "--activation_loading_horizon"),
         ("--hybrid_shard_degree 2", "--sharding_strategy=hybrid"),

@@ -106,12 +106,15 @@ def test_eval_only_gives_the_last_validation_loss(run_dir: Path, tmp_path: Path)
     flags = {"eval_only": 1, "resume_from_checkpoint": run_dir / "checkpoints", "train_batch_size": 8}
     output = train_well(run_dir=tmp_path / "eval", nproc_per_node=2, **flags)
     assert f"validation loss {last:.4f}" in output
-    code, output = train(run_dir=tmp_path / "none", eval_only=1, init_from="resume")
-    assert code == 2 and "no valid checkpoint" in output
+    for flags in ({"init_from": "resume"}, {"eval_only": 1, "resume_from_checkpoint": "auto"}):
+        code, output = train(run_dir=tmp_path / "none", **flags)
+        assert code == 2 and "found no checkpoint" in output
 
 
 def test_the_export_loads_elsewhere_and_the_model_writes(run_dir: Path, tmp_path: Path) -> None:
     import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     verb("checkpoint", "export", run_dir, "--output", tmp_path / "model", "--dtype", "float32")
@@ -124,5 +127,11 @@ def test_the_export_loads_elsewhere_and_the_model_writes(run_dir: Path, tmp_path
     assert verb("generate", run_dir, "--prompt", "The value of", "--max_new_tokens", 8) == first
     # The exported folder goes on as a start: its first loss is the run's next, not a fresh model's.
     flags = {"init_from": tmp_path / "model", "max_steps": 1, "train_batch_size": 8}
+    tokenizer_file = tmp_path / "model" / "tokenizer.json"
+    own = tokenizer_file.read_text()
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tokenizer_file))
+    code, output = train(run_dir=tmp_path / "other", nproc_per_node=1, **flags)
+    assert code == 2 and "has a tokenizer of its own" in output
+    tokenizer_file.write_text(own)
     train_well(run_dir=tmp_path / "tuned", nproc_per_node=2, **flags)
     assert history(tmp_path / "tuned")[0][1] < history(run_dir)[0][1] - 0.3

@@ -193,7 +193,8 @@ def _start_of(config: Config) -> Start:
     from ..train.restore import Start
 
     folder = config.checkpoint.resume_from_checkpoint
-    required = config.train.init_from == "resume"
+    train = config.train
+    required = train.init_from == "resume" or (train.eval_only and train.init_from == "scratch")
     source = None if folder is None or folder == "auto" else local_path(folder, flag="--resume_from_checkpoint")
     return Start(resume=folder is not None or required, source=source, required=required)
 

@@ -44,6 +44,11 @@ def check(config: Config) -> None:
     places = (checkpoint.resume_from_checkpoint, checkpoint.checkpoint_dir, config.report.run_dir)
     if train.init_from == "resume" and not any(places):
         raise ConfigError("--init_from=resume: say from where, by --resume_from_checkpoint DIR or --run_dir RUN")
+    if train.eval_only and train.init_from == "scratch" and checkpoint.resume_from_checkpoint is None:
+        raise ConfigError(
+            "--eval_only=1 would validate untrained weights; add --resume_from_checkpoint, or --init_from with a "
+            "model's folder"
+        )
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
             f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}, which would cut the "

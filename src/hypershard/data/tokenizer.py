@@ -57,18 +57,27 @@ def kept_tokenizer(checkpoint_dir: Path) -> Path | None:
     return None
 
 
-def load_tokenizer(location: str | Path) -> TextTokenizer:
-    """Load a tokenizer. DataError: no such file, not a tokenizer, or no end-of-document token known."""
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two tokenizer.json files give the same ids to the same tokens. DataError: one is no tokenizer."""
+    vocabularies = [_backend(path).get_vocab(with_added_tokens=True) for path in (one, other)]
+    return bool(vocabularies[0] == vocabularies[1])
+
+
+def _backend(path: Path) -> Any:
+    """The tokenizers library's object of a tokenizer.json. DataError when it is none."""
     from tokenizers import Tokenizer
 
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+
+def load_tokenizer(location: str | Path) -> TextTokenizer:
+    """Load a tokenizer. DataError: no such file, not a tokenizer, or no end-of-document token known."""
     path = tokenizer_file(location)
     content = path.read_bytes()
-    try:
-        backend = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            f"--tokenizer={location}: {path} is not a tokenizer.json of the tokenizers library: {error}"
-        ) from error
+    backend = _backend(path)
     # A tokenizer.json may carry the truncation and padding of the last use; both would change the data.
     backend.no_truncation()
     backend.no_padding()

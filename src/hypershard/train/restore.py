@@ -49,8 +49,8 @@ def restore(job: Job, start: Start) -> Progress:
     if facts is None:
         if start.required:
             raise CheckpointError(
-                f"--init_from=resume: no valid checkpoint in {start.source or 'checkpoint_dir'}; "
-                f"name another --resume_from_checkpoint, or drop --init_from to start anew"
+                f"found no checkpoint in {start.source or 'checkpoint_dir'}, and --init_from=resume or --eval_only "
+                f"needs one; name another --resume_from_checkpoint"
             )
         logger.info("no checkpoint to go on from; starting at step 0")
         return Progress()

@@ -19,6 +19,7 @@ from ..config.schema import Config, ModelConfig, OptimConfig
 from ..data.loader import Loader
 from ..data.open import open_dataset, prepare_dataset
 from ..data.source import Dataset, TokenSource
+from ..data.tokenizer import same_vocabulary
 from ..distributed.collectives import barrier
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
@@ -81,6 +82,7 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
     _refuse_missing_bf16(config, world.device)
     dataset = _open_data(config, world)
+    _refuse_other_tokenizer(config, dataset)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
     accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
@@ -142,6 +144,19 @@ def _open_data(config: Config, world: World) -> Dataset:
         prepare_dataset(config.data)
     barrier()
     return open_dataset(config.data)
+
+
+def _refuse_other_tokenizer(config: Config, dataset: Dataset) -> None:
+    """Weights trained on one tokenizer's ids learn nothing from another's, and no error would say so."""
+    if config.train.init_from in ("scratch", "resume") or dataset.tokenizer_path is None:
+        return
+    models_own = local_path(config.train.init_from, flag="--init_from") / "tokenizer.json"
+    if models_own.is_file() and not same_vocabulary(models_own, dataset.tokenizer_path):
+        raise ConfigError(
+            f"--init_from={config.train.init_from} has a tokenizer of its own, and the data were tokenised with "
+            f"another ({dataset.tokenizer_path}); give --tokenizer={config.train.init_from}, or prepare the data "
+            f"with it"
+        )
 
 
 def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
