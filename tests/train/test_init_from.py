@@ -11,6 +11,7 @@ from tests.jobs import a_job
 from tests.rank_pool import RankPool
 
 from hypershard.distributed.process_group import World
+from hypershard.errors import ConfigError
 from hypershard.train.state import Progress
 from hypershard.train.step import train_step
 
@@ -22,6 +23,34 @@ def first_loss_and_batches(world: World, flags: str, cache_dir: Path) -> tuple[f
         (batch,) = job.train_data.step(0, accumulation=1)
         loss = train_step(job, Progress(), stop_wanted=False).loss
         return loss, [batch.input_ids, batch.labels, batch.position_ids]
+
+
+def error_of_start(world: World, flags: str, cache_dir: Path) -> str:
+    try:
+        with a_job(world, flags, cache_dir):
+            return ""
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("model", "other", "named"),
+    [
+        ("tiny_llama", "--rotary_emb_base 10001", "rope_theta"),
+        ("tiny_llama", "--norm_epsilon 1e-6", "rms_norm_eps"),
+        ("tiny_llama", "--num_heads 8 --num_key_value_heads 4", "num_attention_heads"),
+        ("tiny_gpt2", "--num_heads 2", "n_head"),
+        ("tiny_mixtral", "--experts_per_token 1", "num_experts_per_tok"),
+        ("tiny_mistral", "--sliding_window 16", "sliding_window"),
+    ],
+)
+def test_equal_shapes_of_another_model_are_refused(  # noqa: PLR0917 - pytest passes by name
+    pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path, model: str, other: str, named: str
+) -> None:
+    flags = f"--model {model} --num_layers 2 --max_context_width 64 --bf16 0 --max_steps 5"
+    write_hf_folder(tmp_path / "hf", flags, cache_dir=cache_dir)
+    found = pools(1).run(error_of_start, f"{flags} {other} --init_from {tmp_path / 'hf'}", cache_dir)[0]
+    assert "holds another model" in found and named in found
 
 
 @pytest.mark.parametrize("model", FAMILIES)

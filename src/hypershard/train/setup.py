@@ -26,6 +26,7 @@ from ..distributed.process_group import World
 from ..errors import ConfigError
 from ..log import logger
 from ..models.family import Family, family_of, parameter_count
+from ..models.same_config import refuse_other_config
 from ..optim.adamw import build_adamw
 from ..parallel.apply import apply
 from ..parallel.fsdp import ShardedModule
@@ -97,7 +98,9 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     if config.train.init_from in ("scratch", "resume"):
         initialise(parameters, specs, seed=config.data.seed, device=world.device)
     else:
-        load_hf_weights(local_path(config.train.init_from, flag="--init_from"), parameters)
+        folder = local_path(config.train.init_from, flag="--init_from")
+        refuse_other_config(family.hf_config(model), folder)
+        load_hf_weights(folder, parameters)
     decayed = {spec.name for spec in specs if spec.decay}
     optimizer = build_adamw(parameters, decayed=decayed, optim=config.optim)
 
