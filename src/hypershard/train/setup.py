@@ -20,7 +20,7 @@ from ..data.loader import Loader
 from ..data.open import open_dataset, prepare_dataset
 from ..data.source import Dataset, TokenSource
 from ..data.tokenizer import same_vocabulary
-from ..distributed.collectives import barrier
+from ..distributed.collectives import barrier, gather_objects
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
 from ..errors import ConfigError
@@ -146,7 +146,28 @@ def _open_data(config: Config, world: World) -> Dataset:
     if world.ranks.local_rank == 0:
         prepare_dataset(config.data)
     barrier()
-    return open_dataset(config.data)
+    dataset = open_dataset(config.data)
+    _refuse_unequal_ranks(config, dataset)
+    return dataset
+
+
+def _refuse_unequal_ranks(config: Config, dataset: Dataset) -> None:
+    """Ranks that read other data, or were started with other flags, would train on in silence.
+
+    Raises ConfigError on every rank, naming the first rank that differs from rank 0 and in what.
+    """
+    own: dict[str, Any] = {"train data": dataset.train.fingerprint, "validation data": dataset.val.fingerprint}
+    for section, values in dataclasses.asdict(config).items():
+        own |= values if section != "report" else {}
+    everyone = gather_objects(own)
+    for rank, other in enumerate(everyone):
+        main = everyone[0]
+        different = [f"{name} {other[name]} (rank 0: {main[name]})" for name in own if other[name] != main[name]]
+        if different:
+            raise ConfigError(
+                f"rank {rank} differs from rank 0: {'; '.join(different)}. Start every rank with the same flags, and "
+                f"give every node the same files"
+            )
 
 
 def _refuse_other_tokenizer(config: Config, dataset: Dataset) -> None:
