@@ -70,18 +70,17 @@ def run_ranks(command: Sequence[str], *, num_ranks: int) -> int:
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
-    while True:
-        codes = [child.poll() for child in children]
-        failed = next(((rank, code) for rank, code in enumerate(codes) if code), None)
-        if failed is not None:
-            break
-        if all(code == 0 for code in codes):
+    """0 when all ranks have ended well; else, a moment after the first failure, the exit code that tells the cause."""
+    while not any(child.poll() for child in children):
+        if all(child.returncode == 0 for child in children):
             return 0
         time.sleep(0.05)
     deadline = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.05)
-    rank, code = failed
+    failures = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
+    # A rank that lost its peer ends with 1; what the other one ended with is the cause.
+    rank, code = min(failures, key=lambda failure: (failure[1] == 1, failure[0]))
     if code < 0:
         print(f"hypershard: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
         return 128 - code
