@@ -19,11 +19,9 @@ from ..config.schema import Config, ModelConfig, OptimConfig
 from ..data.loader import Loader
 from ..data.open import open_dataset, prepare_dataset
 from ..data.source import Dataset, TokenSource
-from ..data.tokenizer import same_vocabulary
-from ..distributed.collectives import barrier, gather_objects
+from ..distributed.collectives import barrier
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
-from ..errors import ConfigError
 from ..log import logger
 from ..models.family import Family, family_of, parameter_count
 from ..models.same_config import refuse_other_config
@@ -34,6 +32,7 @@ from ..parallel.init import initialise
 from ..storage import local_path
 from ..units import format_count
 from .loss import LanguageModel
+from .refuse import refuse_missing_bf16, refuse_other_tokenizer, refuse_unequal_ranks
 from .state import checkpoint_tensors
 from .stop import Limits
 
@@ -81,9 +80,9 @@ class Job:
 def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     """Build every part. Raises a UserError for whatever the configuration asks that cannot be."""
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
-    _refuse_missing_bf16(config, world.device)
+    refuse_missing_bf16(config, world.device)
     dataset = _open_data(config, world)
-    _refuse_other_tokenizer(config, dataset)
+    refuse_other_tokenizer(config, dataset)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
     accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
@@ -147,40 +146,8 @@ def _open_data(config: Config, world: World) -> Dataset:
         prepare_dataset(config.data)
     barrier()
     dataset = open_dataset(config.data)
-    _refuse_unequal_ranks(config, dataset)
+    refuse_unequal_ranks(config, dataset)
     return dataset
-
-
-def _refuse_unequal_ranks(config: Config, dataset: Dataset) -> None:
-    """Ranks that read other data, or were started with other flags, would train on in silence.
-
-    Raises ConfigError on every rank, naming the first rank that differs from rank 0 and in what.
-    """
-    own: dict[str, Any] = {"train data": dataset.train.fingerprint, "validation data": dataset.val.fingerprint}
-    for section, values in dataclasses.asdict(config).items():
-        own |= values if section != "report" else {}
-    everyone = gather_objects(own)
-    for rank, other in enumerate(everyone):
-        main = everyone[0]
-        different = [f"{name} {other[name]} (rank 0: {main[name]})" for name in own if other[name] != main[name]]
-        if different:
-            raise ConfigError(
-                f"rank {rank} differs from rank 0: {'; '.join(different)}. Start every rank with the same flags, and "
-                f"give every node the same files"
-            )
-
-
-def _refuse_other_tokenizer(config: Config, dataset: Dataset) -> None:
-    """Weights trained on one tokenizer's ids learn nothing from another's, and no error would say so."""
-    if config.train.init_from in ("scratch", "resume") or dataset.tokenizer_path is None:
-        return
-    models_own = local_path(config.train.init_from, flag="--init_from") / "tokenizer.json"
-    if models_own.is_file() and not same_vocabulary(models_own, dataset.tokenizer_path):
-        raise ConfigError(
-            f"--init_from={config.train.init_from} has a tokenizer of its own, and the data were tokenised with "
-            f"another ({dataset.tokenizer_path}); give --tokenizer={config.train.init_from}, or prepare the data "
-            f"with it"
-        )
 
 
 def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
@@ -227,13 +194,6 @@ def _build_module(
     )
     sharded = apply(module, family.blocks(hf_model), mesh=mesh, parallel=config.parallel, device=world.device)
     return module.train(), sharded
-
-
-def _refuse_missing_bf16(config: Config, device: torch.device) -> None:
-    if config.parallel.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(
-            f"--bf16=1: {device_name(device)} computes no bfloat16 (GPUs from the A100 and A10G on do); set --bf16=0"
-        )
 
 
 def _peak_flops(config: Config, device: torch.device) -> float | None:
