@@ -13,8 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.jobs import tiny, train_losses
+from tests.jobs import a_job, tiny, train_losses
 from tests.rank_pool import RankPool
+
+from hypershard.distributed.process_group import World
+from hypershard.train.evaluate import evaluate
+from hypershard.train.rehearse import rehearse
+from hypershard.train.state import Progress, advance
+from hypershard.train.step import train_step
 
 STEPS = 4
 Steps = list[tuple[float, float]]  # (loss, gradient norm)
@@ -124,3 +130,30 @@ def test_compiled_blocks_agree(
     """The compiler fuses and reorders within a block, so bits may differ but not by more than float32's rounding."""
     found = pools(2).run(train_losses, tiny(train_batch_size=2, compile=1, **settings), cache_dir, STEPS)[0]
     assert_same_training(found, reference)
+
+
+def graphs_after_the_rehearsal(world: World, flags: str, cache_dir: Path) -> tuple[int, int]:
+    """Graphs the compiler made in the rehearsal, and in the steps and the validation after it."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    with a_job(world, flags, cache_dir) as job:
+        rehearse(job)
+        rehearsed = counters["stats"]["unique_graphs"]
+        progress = Progress()
+        for _ in range(3):
+            report = train_step(job, progress, stop_wanted=False)
+            progress = advance(progress, report, seconds=0.0)
+        evaluate(job)
+        return rehearsed, counters["stats"]["unique_graphs"] - rehearsed
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_blocks_share_their_graphs_and_all_are_made_in_the_rehearsal(
+    pools: Callable[[int], RankPool], cache_dir: Path
+) -> None:
+    """Training and validation, with and without packed documents: four graphs, for one layer or for twelve."""
+    flags = tiny(num_layers=12, compile=1, train_batch_size=1)
+    assert pools(1).run(graphs_after_the_rehearsal, flags, cache_dir)[0] == (4, 0)

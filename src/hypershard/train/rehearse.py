@@ -1,4 +1,4 @@
-"""One synthetic batch before the first real one: compile now, and run out of memory now, not in an hour."""
+"""Synthetic batches before the first real one: compile now, and run out of memory now, not in an hour."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ from .step import accumulate_gradients, on_device
 
 
 def rehearse(job: Job) -> None:
-    """Run forward and backward on batches of the real shape, and one forward of validation; leave no trace.
+    """Run forward and backward on batches of the real shapes, and forwards of validation; leave no trace.
 
-    Two micro-steps where the run accumulates, because the second one holds the first one's gradients.
-    Nothing is updated: gradients are dropped and the next step seeds its own random numbers.
+    Packed documents take attention through a mask and a single one does not, which are two kernels and two compiled
+    graphs, so with --document_mask both are met. Two micro-steps where the run accumulates, because the second one
+    holds the first one's gradients. Nothing is updated: gradients are dropped and the next step seeds its own random
+    numbers.
     """
     seed_everything(job.seed, step=0, rank=job.world.ranks.rank)
-    batch = _synthetic_batch(job, job.batch_sizes[0])
-    accumulate_gradients(job, [batch] * min(2, job.accumulation))
-    job.optimizer.zero_grad()
-    with torch.no_grad():
-        job.module.eval()
-        job.module(*on_device(_synthetic_batch(job, job.batch_sizes[1]), job.world.device))
-        job.module.train()
-        job.sharded.reshard()
+    train_size, val_size = job.batch_sizes
+    for num_documents in (1, 2) if job.document_mask else (1,):
+        batch = _synthetic_batch(job, train_size, num_documents)
+        accumulate_gradients(job, [batch] * min(2, job.accumulation))
+        job.optimizer.zero_grad()
+        with torch.no_grad():
+            job.module.eval()
+            job.module(*on_device(_synthetic_batch(job, val_size, num_documents), job.world.device))
+            job.module.train()
+    job.sharded.reshard()
 
 
-def _synthetic_batch(job: Job, batch_size: int) -> Batch:
-    shape = (batch_size, job.model.max_context_width)
+def _synthetic_batch(job: Job, batch_size: int, num_documents: int) -> Batch:
+    """Random tokens [B, T], each row `num_documents` documents of equal length."""
+    context_tokens = job.model.max_context_width
+    shape = (batch_size, context_tokens)
     assert job.model.vocab_size is not None
     ids = torch.randint(job.model.vocab_size, shape)
-    positions = torch.arange(shape[1]).expand(shape).contiguous()
-    return Batch(input_ids=ids, labels=ids, position_ids=positions)
+    positions = torch.arange(context_tokens) % -(-context_tokens // num_documents)
+    return Batch(input_ids=ids, labels=ids, position_ids=positions.expand(shape).contiguous())

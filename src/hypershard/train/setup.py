@@ -52,6 +52,7 @@ class Job:
     train_data: Loader
     val_data: Loader
     batch_sizes: tuple[int, int]  # sequences per rank in training, in validation
+    document_mask: bool
     data_identity: Mapping[str, Any]
     tokenizer_path: Path | None
     eos_token_id: int | None
@@ -121,6 +122,7 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
         train_data=train_data,
         val_data=_loader(config, model, dataset.val, world, batch_size=batch_sizes[1]),
         batch_sizes=batch_sizes,
+        document_mask=config.data.document_mask,
         data_identity={"fingerprint": dataset.train.fingerprint, "seed": config.data.seed, "context": context},
         tokenizer_path=dataset.tokenizer_path,
         eos_token_id=dataset.eos_token_id,
