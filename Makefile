@@ -44,8 +44,8 @@ format: $(INSTALLED) ## rewrite the code in the project's format
 test-gpu: ## numerics on one GPU: NCCL, bf16
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
 
-bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu_train.py
+bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU; OUTPUT=dir for the JSON files
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu_train.py $(if $(OUTPUT),--output $(OUTPUT))
 
 bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer with FSDP2
 	$(BIN)/python benchmarks/cpu_train.py

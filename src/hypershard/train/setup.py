@@ -110,6 +110,11 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
         f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}; "
         f"a step is {samples_per_step} x {context} tokens"
     )
+    num_samples = limits.last_step * samples_per_step
+    logger.info(
+        f"{limits.last_step:,} steps are {format_count(num_samples * context)} tokens, "
+        f"{num_samples / train_data.samples_per_epoch:.2f} passes over the data"
+    )
     return Job(
         world=world,
         seed=config.data.seed,
