@@ -51,7 +51,7 @@ def run(
     """Train until something says stop; every rank returns the same outcome (but for its own seconds)."""
 
     def save() -> None:
-        job.checkpoints.save(progress.step, job.tensors, job.facts(progress))
+        job.checkpoints.save(progress.step, job.tensors(), job.facts(progress))
         event("saved", step=progress.step, stall_seconds=job.checkpoints.last_stall_seconds)
 
     def validate() -> float:
@@ -67,7 +67,7 @@ def run(
         return Outcome("eval_only", progress, validate())
     rehearse(job)
     if schedule.saves:
-        job.checkpoints.begin(progress.step, job.tensors)
+        job.checkpoints.begin(progress.step, job.tensors())
     else:
         logger.warning("--checkpoint_freq=0: nothing will be saved, and a stop loses the run")
     last_step, saved_step, validation_loss = job.limits.last_step, progress.step, None

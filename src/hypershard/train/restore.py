@@ -45,7 +45,7 @@ def restore(job: Job, start: Start) -> Progress:
     """
     if not start.resume:
         return Progress()
-    facts = job.checkpoints.restore(job.tensors, from_dir=start.source)
+    facts = job.checkpoints.restore(job.tensors(), from_dir=start.source)
     if facts is None:
         if start.required:
             raise CheckpointError(

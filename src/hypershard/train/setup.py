@@ -64,7 +64,11 @@ class Job:
     flops_per_token: float
     peak_flops_per_gpu: float | None
     checkpoints: CheckpointManager
-    tensors: Mapping[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights and moments as they are now. Asked for anew each time: at the first forward FSDP2 replaces
+        shards by padded (rows that do not divide evenly) or pinned ones, and what was taken before would be stale."""
+        return checkpoint_tensors(self.parameters, self.optimizer)
 
     def facts(self, progress: object) -> dict[str, Any]:
         """What a checkpoint says of itself besides its tensors."""
@@ -143,7 +147,6 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
             keep=config.checkpoint.keep_checkpoints,
             asynchronous=config.checkpoint.async_checkpointing,
         ),
-        tensors=checkpoint_tensors(parameters, optimizer),
     )
 
 
