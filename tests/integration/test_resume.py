@@ -93,6 +93,18 @@ def test_another_world_size_and_strategy_go_on_with_the_same_samples(uninterrupt
         assert found[3:] == expected[3:]
 
 
+def test_three_ranks_resume_bit_for_bit_and_go_on_alike_on_one(tmp_path: Path) -> None:
+    """Rows that do not divide by three: FSDP2 pads such shards, and the checkpoint must hold what it trains."""
+    flags = {"max_steps": 8, "checkpoint_freq": 4}
+    train_well(run_dir=tmp_path / "whole", nproc_per_node=3, **flags)
+    whole = history(tmp_path / "whole")
+    flags |= {"resume_from_checkpoint": tmp_path / "whole" / "checkpoints" / "step-00000004"}
+    train_well(run_dir=tmp_path / "three", nproc_per_node=3, **flags)
+    assert history(tmp_path / "three") == whole[4:]
+    train_well(run_dir=tmp_path / "one", gradient_accumulation_steps=3, **flags)
+    assert [line[1] for line in history(tmp_path / "one")] == pytest.approx([line[1] for line in whole[4:]], rel=2e-5)
+
+
 def test_hours_end_a_run_with_a_save(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     output = train_well(run_dir=run_dir, nproc_per_node=2, max_hours=1e-9)
