@@ -106,6 +106,12 @@ def test_eval_only_gives_the_last_validation_loss(run_dir: Path, tmp_path: Path)
     flags = {"eval_only": 1, "resume_from_checkpoint": run_dir / "checkpoints", "train_batch_size": 8}
     output = train_well(run_dir=tmp_path / "eval", nproc_per_node=2, **flags)
     assert f"validation loss {last:.4f}" in output
+    # In the run's own folder, from an older checkpoint: nothing of the run may be lost by looking at it.
+    before = [(run_dir / name).read_text() for name in ("metrics.jsonl", "config.yaml")]
+    flags["resume_from_checkpoint"] = run_dir / "checkpoints" / "step-00000020"
+    train_well(run_dir=run_dir, nproc_per_node=2, **flags)
+    after = [(run_dir / name).read_text() for name in ("metrics.jsonl", "config.yaml")]
+    assert after[0].startswith(before[0]) and after[1] == before[1]
     for flags in ({"init_from": "resume"}, {"eval_only": 1, "resume_from_checkpoint": "auto"}):
         code, output = train(run_dir=tmp_path / "none", **flags)
         assert code == 2 and "found no checkpoint" in output

@@ -91,7 +91,7 @@ class LocalTier:
                 # Added here because it differs between ranks, and one failure should read the same on all.
                 raise StorageError(f"{error}; {_room(directory, snapshot)}. Older checkpoints are untouched") from error
             self.peers.on_main(lambda: self._commit(record, sums, facts))
-        except Exception:
+        except Exception:  # whatever failed, half a checkpoint must not stay
             self._discard(directory)
             raise
         return record

@@ -99,7 +99,7 @@ def _lost_peers() -> Iterator[None]:
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None
-    except Exception as error:
+    except Exception as error:  # carried to all ranks, whatever it is
         return None, error
 
 

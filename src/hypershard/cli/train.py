@@ -173,10 +173,10 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
                 saves=config.checkpoint.checkpoint_freq != 0,
             ),
             eval_only=config.train.eval_only,
-            open_sinks=sinks_opener(run_dir, config.report, is_main=ranks.is_main, last_step=job.limits.last_step),
+            open_sinks=sinks_opener(run_dir, config, is_main=ranks.is_main, last_step=job.limits.last_step),
             event=event,
         )
-    except Exception as error:
+    except Exception as error:  # whatever it is, the run's record names it
         with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
             event("failed", error=f"{type(error).__name__}: {error}")
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,12 @@ class Sink(Protocol):
     def write(self, step: int, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def close(sinks: Iterable[Sink]) -> None:
+    """Close all, so that files are whole and the terminal is given back."""
+    for sink in sinks:
+        sink.close()
 
 
 class JsonLines:
@@ -65,12 +71,13 @@ def drop_after(path: Path, step: int) -> None:
 class TensorBoard:
     """Every number of a record as one scalar."""
 
-    def __init__(self, directory: Path, *, purge_after: int) -> None:
+    def __init__(self, directory: Path, *, purge_after: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         make_directory(directory)
         # purge_step hides what a previous run wrote for steps that are done again.
-        self._writer = SummaryWriter(str(directory), purge_step=purge_after + 1)
+        purge_step = None if purge_after is None else purge_after + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         for name, value in record.items():

@@ -232,10 +232,6 @@ class Family:
         backbone: Any = self.backbone(hf_model)
         return list(backbone.layers)
 
-    def output_weight(self, hf_model: PreTrainedModel) -> nn.Parameter:
-        """The weight [vocab, hidden] of the output head; the embedding's own when tied."""
-        return hf_model.lm_head.weight  # type: ignore[no-any-return]
-
 
 def vocab_size_of(model: ModelConfig) -> int:
     """The vocabulary's size. Raises ConfigError while it is open."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..checkpoint.policy import is_due
 from ..distributed.collectives import from_main
 from ..log import logger
-from ..metrics.sinks import Sink
+from ..metrics.sinks import Sink, close
 from . import guard
 from .evaluate import evaluate
 from .records import Stopwatch, step_record
@@ -64,7 +64,9 @@ def run(
     sinks = open_sinks(progress.step)
     event("started", step=progress.step, world_size=job.world.size)
     if eval_only:
-        return Outcome("eval_only", progress, validate())
+        outcome = Outcome("eval_only", progress, validate())
+        close(sinks)
+        return outcome
     rehearse(job)
     if schedule.saves:
         job.checkpoints.begin(progress.step, job.tensors())
@@ -94,6 +96,5 @@ def run(
             save()
         job.checkpoints.finish()
     event("stopped", step=progress.step, reason=reason)
-    for sink in sinks:
-        sink.close()
+    close(sinks)
     return Outcome(reason, progress, validation_loss)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED_LABEL = -100
+from ..data.packing import IGNORED_LABEL
+
 _CHUNK_NUMEL = 2**27  # float32 logits held at a time: 512 MiB, large enough products for any GPU
 
 

@@ -52,7 +52,9 @@ def refuse_second_start(run_dir: Path, checkpoint_dir: Path) -> None:
 
 
 def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_name: str) -> None:
-    """Write config.yaml, code.txt and environment.json."""
+    """Write config.yaml, code.txt and environment.json; a run that is only evaluated keeps its own."""
+    if config.train.eval_only and (run_dir / "config.yaml").exists():
+        return
     make_directory(run_dir)
     write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
     write_bytes(run_dir / "code.txt", _code_state().encode())
@@ -103,19 +105,24 @@ def _code_state() -> str:
     return f"commit {commit}{git('diff', 'HEAD', '--', str(here)) or ''}"
 
 
-def sinks_opener(
-    run_dir: Path, report: ReportConfig, *, is_main: bool, last_step: int
-) -> Callable[[int], Sequence[Sink]]:
-    """A function that, given the step the run goes on from, opens this rank's sinks (none but on rank 0)."""
+def sinks_opener(run_dir: Path, config: Config, *, is_main: bool, last_step: int) -> Callable[[int], Sequence[Sink]]:
+    """A function that, given the step the run goes on from, opens this rank's sinks (none but on rank 0).
+
+    Records of later steps are dropped, because those steps are done again; not so by `eval_only`, which does none.
+    """
+    report, eval_only = config.report, config.train.eval_only
 
     def open_sinks(step: int) -> Sequence[Sink]:
         if not is_main:
             return ()
-        drop_after(run_dir / METRICS, step)
+        if not eval_only:
+            drop_after(run_dir / METRICS, step)
         sinks: list[Sink] = [JsonLines(run_dir / METRICS), Display(last_step=last_step, first_step=step)]
         if report.tensorboard_dir != "none":
             directory = report.tensorboard_dir or str(run_dir / "tensorboard")
-            sinks.append(TensorBoard(local_path(directory, flag="--tensorboard_dir"), purge_after=step))
+            sinks.append(
+                TensorBoard(local_path(directory, flag="--tensorboard_dir"), purge_after=None if eval_only else step)
+            )
         return sinks
 
     return open_sinks
