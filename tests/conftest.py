@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.rank_pool import RankPool
+from tests.s3_server import Server, environment, moto
 
 # Hubs are out of reach by design: a test that asks for one must fail at once, not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,3 +36,30 @@ def pools() -> Iterator[Callable[[int], RankPool]]:
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A token cache of the test session's own, so that no test meets a user's."""
     return tmp_path_factory.mktemp("cache")
+
+
+BUCKET = "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """A real S3 API on loopback with one bucket; this process and its children find it as boto3 finds any."""
+    with moto() as server:
+        before = dict(os.environ)
+        os.environ.update(environment(server.endpoint))
+        server.create_bucket(BUCKET)
+        yield server
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB: room for one small checkpoint, not for three."""
+    path = tmp_path / "small_disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

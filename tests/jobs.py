@@ -11,6 +11,7 @@ from typing import Any
 from hypershard.cli.train import build_parser, resolve_arguments
 from hypershard.config.flags import parse
 from hypershard.config.schema import Config
+from hypershard.distributed.env import Surroundings
 from hypershard.distributed.process_group import World
 from hypershard.train.setup import Job, build_job
 from hypershard.train.state import Progress, advance
@@ -31,7 +32,13 @@ def config_of(flags: str, *, cache_dir: Path) -> Config:
 @contextmanager
 def a_job(world: World, flags: str, cache_dir: Path) -> Iterator[Job]:
     with tempfile.TemporaryDirectory() as folder:
-        yield build_job(config_of(flags, cache_dir=cache_dir), world, checkpoint_dir=Path(folder))
+        yield build_job(
+            config_of(flags, cache_dir=cache_dir),
+            world,
+            checkpoint_dir=Path(folder),
+            surroundings=Surroundings(),
+            alarm=print,
+        )
 
 
 def train_losses(world: World, flags: str, cache_dir: Path, num_steps: int) -> list[tuple[float, float]]:
@@ -39,7 +46,7 @@ def train_losses(world: World, flags: str, cache_dir: Path, num_steps: int) -> l
     with a_job(world, flags, cache_dir) as job:
         progress, found = Progress(), []
         for _ in range(num_steps):
-            report = train_step(job, progress, stop_wanted=False)
+            report = train_step(job, progress, flags=tuple)
             progress = advance(progress, report, seconds=report.seconds)
             found.append((report.loss, report.grad_norm))
         return found

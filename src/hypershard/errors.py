@@ -4,7 +4,8 @@
     ├── UserError                   the user can mend it; the message names found, expected, flag; exit code 2
     │   ├── ConfigError             a flag, a YAML key, or a combination of them
     │   ├── DataError               a data set, token bin or tokenizer
-    │   ├── CheckpointError         a checkpoint that is missing, of another model, or damaged
+    │   ├── CheckpointError         a checkpoint that is missing or of another model
+    │   │   └── DamagedCheckpoint   bytes that are not as they were saved; an older one may do
     │   └── StorageError            a disk or bucket that refuses (full, not writable, not shared)
     └── TrainingDiverged            the loss or the gradient stopped being a number; exit code 3
 
@@ -43,7 +44,11 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, belongs to another model, or is damaged."""
+    """A checkpoint that is missing or belongs to another model."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose bytes are not as they were saved; another one may be whole."""
 
 
 class StorageError(UserError):

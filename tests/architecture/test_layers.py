@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hypershard"
 LAYERS = {
     "errors": 1, "units": 1, "log": 1,
-    "storage": 2,
+    "storage": 2, "s3": 2,
     "catalog": 3,
     "config": 4,
     "models": 5,
@@ -18,7 +18,7 @@ LAYERS = {
     "train": 8, "plan": 8, "report": 8,
     "cli": 9,
 }  # fmt: skip
-HEAVY = {"torch", "transformers", "tokenizers", "accelerate", "safetensors", "tensorboard", "rich"}
+HEAVY = {"torch", "boto3", "botocore", "awscrt", "transformers", "tokenizers", "accelerate", "safetensors", "tensorboard", "rich"}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

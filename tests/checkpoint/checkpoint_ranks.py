@@ -7,15 +7,15 @@ import signal
 from pathlib import Path
 
 import torch
-from tiny import blank, values
+from tiny import blank, disk, manager_of, values
+from tiny import save as save_with
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hypershard.checkpoint.hf import load_hf_weights
-from hypershard.checkpoint.local import LocalTier
-from hypershard.checkpoint.manager import CheckpointManager
+from hypershard.checkpoint.lineage import Lineage
 from hypershard.checkpoint.snapshot import take_snapshot
 from hypershard.distributed.process_group import World
 from hypershard.errors import HypershardError
@@ -40,22 +40,34 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
-def save(world: World, directory: Path, step: int, replicas: int, asynchronous: bool) -> None:
-    tier = LocalTier(directory, group=world.checkpoint_group)
-    manager = CheckpointManager(tier, keep=9, asynchronous=asynchronous)
+def save(  # noqa: PLR0917 - a pool hands over arguments by position
+    world: World, directory: Path, step: int, replicas: int, asynchronous: bool, memory: bool = False
+) -> None:
+    """To the shared directory, or with `memory` only to memory below it."""
+    group = world.checkpoint_group
+    if memory:
+        manager = manager_of(home=directory, memory_dir=directory, group=group, asynchronous=asynchronous)
+    else:
+        manager = manager_of(disk(directory, group), group=group, asynchronous=asynchronous)
     tensors = sharded(values(step), mesh_of(world, replicas))
-    manager.begin(step, tensors)
-    manager.save(step, tensors, {"tokens": step})
+    save_with(manager, step, tensors, tokens=step)
     if asynchronous:
+        manager.settle()
         for tensor in tensors.values():
             tensor.fill_(99)
     manager.finish()
 
 
-def load(world: World, directory: Path, replicas: int) -> tuple[dict, dict[str, torch.Tensor]]:
+def load(
+    world: World, directory: Path, replicas: int, memory: bool = False
+) -> tuple[dict | None, dict[str, torch.Tensor]]:
     tensors = sharded(blank(), mesh_of(world, replicas))
-    tier = LocalTier(directory, group=world.checkpoint_group)
-    facts = CheckpointManager(tier, keep=9, asynchronous=False).restore(tensors)
+    group = world.checkpoint_group
+    if memory:
+        manager = manager_of(home=directory, memory_dir=directory, group=group)
+    else:
+        manager = manager_of(disk(directory, group), group=group)
+    facts = manager.restore(tensors)
     return facts, {name: tensor.clone() for name, tensor in whole(tensors).items()}
 
 
@@ -71,8 +83,8 @@ def train_and_save(world: World, directory: Path) -> dict[str, torch.Tensor]:
     optimizer.step()
     tensors = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
     tensors |= {f"optimizer/exp_avg/{name}": optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
-    manager = CheckpointManager(LocalTier(directory, group=world.checkpoint_group), keep=1, asynchronous=True)
-    manager.save(1, tensors, {})
+    manager = manager_of(disk(directory, world.checkpoint_group), group=world.checkpoint_group, asynchronous=True)
+    save_with(manager, 1, tensors)
     expected = {name: tensor.detach().clone() for name, tensor in whole(tensors).items()}
     model(torch.ones(2, 3)).sum().backward()
     optimizer.step()
@@ -81,33 +93,33 @@ def train_and_save(world: World, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def error_of_verify(world: World, directory: Path) -> str:
-    tier = LocalTier(directory, group=world.checkpoint_group)
+    tier = disk(directory, world.checkpoint_group)
     return message(lambda: tier.verify(tier.list()[0]))
 
 
 def error_when_one_rank_cannot_write(world: World, directory: Path) -> str:
-    tier = LocalTier(directory, group=world.checkpoint_group)
+    tier = disk(directory, world.checkpoint_group)
     snapshot = take_snapshot(sharded(values(1), mesh_of(world, 0)))
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.ranks.rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, old[1]))
     try:
-        return message(lambda: tier.save(7, snapshot, {}))
+        return message(lambda: tier.save(7, snapshot, {}, Lineage(1, "")))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def error_of_unshared_directory(world: World, directory: Path) -> str:
     own = directory / str(world.ranks.rank)
-    return message(LocalTier(own, group=world.checkpoint_group).probe)
+    return message(disk(own, world.checkpoint_group).probe)
 
 
 def error_when_one_rank_has_another_model(world: World, directory: Path) -> str:
     tensors = sharded(blank(), mesh_of(world, 0))
     if world.ranks.rank == 1:
         tensors.pop("model/norm")
-    tier = LocalTier(directory, group=world.checkpoint_group)
+    tier = disk(directory, world.checkpoint_group)
     return message(lambda: tier.load(tier.list()[0], tensors))
 
 

@@ -34,10 +34,10 @@ class Collectives(TorchDispatchMode):
 def count_step(world: World, flags: str, cache_dir: Path) -> dict[str, int]:
     with a_job(world, flags, cache_dir) as job:
         progress = advance(
-            Progress(), train_step(job, Progress(), stop_wanted=False), seconds=0.0
+            Progress(), train_step(job, Progress(), flags=tuple), seconds=0.0
         )  # lazy set-up happens here
         with Collectives() as counted:
-            train_step(job, progress, stop_wanted=False)
+            train_step(job, progress, flags=tuple)
         mesh_shape = tuple(job.sharded.mesh.shape)
     unknown = set(counted.counts) - {"allgather", "reduce_scatter", "allreduce"}
     assert not unknown, f"communication of another kind: {unknown}"

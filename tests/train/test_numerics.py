@@ -144,7 +144,7 @@ def graphs_after_the_rehearsal(world: World, flags: str, cache_dir: Path) -> tup
         rehearsed = counters["stats"]["unique_graphs"]
         progress = Progress()
         for _ in range(3):
-            report = train_step(job, progress, stop_wanted=False)
+            report = train_step(job, progress, flags=tuple)
             progress = advance(progress, report, seconds=0.0)
         evaluate(job)
         return rehearsed, counters["stats"]["unique_graphs"] - rehearsed

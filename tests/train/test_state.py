@@ -23,7 +23,7 @@ def stale_tensors(world: World, flags: str, cache_dir: Path) -> list[str]:
     """Names whose checkpoint tensor is not the trained one after a step."""
     with a_job(world, flags, cache_dir) as job:
         rehearse(job)
-        train_step(job, Progress(), stop_wanted=False)
+        train_step(job, Progress(), flags=tuple)
         tensors = job.tensors()
         live = {f"model/{name}": parameter for name, parameter in job.parameters.items()}
         for name, parameter in job.parameters.items():

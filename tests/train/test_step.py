@@ -42,7 +42,7 @@ def uneven_loss(world: World, flags: str, cache_dir: Path) -> tuple[float, float
             def step(self, *_: object, **__: object) -> list[Batch]:
                 return uneven
 
-        report = train_step(dataclasses.replace(job, train_data=Fixed()), Progress(), stop_wanted=False)
+        report = train_step(dataclasses.replace(job, train_data=Fixed()), Progress(), flags=tuple)
         return report.loss, expected
 
 
@@ -60,12 +60,12 @@ def nan_step(world: World, flags: str, cache_dir: Path) -> dict[str, object]:
         healthy = parameter.detach().to_local().clone()  # type: ignore[attr-defined]
         if world.ranks.rank == 1:
             parameter.detach().to_local().view(-1)[0] = float("nan")  # type: ignore[attr-defined]
-        report = train_step(job, Progress(), stop_wanted=False)
+        report = train_step(job, Progress(), flags=tuple)
         parameter.detach().to_local().copy_(healthy)  # type: ignore[attr-defined]
         unchanged = all(torch.equal(p.to_local(), before[n]) for n, p in job.parameters.items())  # type: ignore[attr-defined]
         moments = all(not job.optimizer.state[p]["exp_avg"].to_local().any() for p in job.parameters.values())
         steps = {float(state["step"]) for state in job.optimizer.state.values()}
-        good = train_step(job, advance(Progress(), report, seconds=0.0), stop_wanted=False)
+        good = train_step(job, advance(Progress(), report, seconds=0.0), flags=tuple)
         return {
             "skipped": report.skipped,
             "unchanged": unchanged,
@@ -81,7 +81,7 @@ def test_nan_never_reaches_the_weights(pools: Callable[[int], RankPool], cache_d
 
 
 def test_the_guard_gives_up_after_the_allowed_number() -> None:
-    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, True, False)
+    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, True, ())
     progress = Progress(step=4, samples=8)
     for number in range(3):
         progress = advance(progress, report, seconds=report.seconds)
@@ -109,9 +109,9 @@ def rehearsal_leaves_no_trace(world: World, flags: str, cache_dir: Path) -> tupl
     with a_job(world, flags, cache_dir) as job:
         rehearse(job)
         clean = all(parameter.grad is None for parameter in job.parameters.values())
-        after = train_step(job, Progress(), stop_wanted=False).loss
+        after = train_step(job, Progress(), flags=tuple).loss
     with a_job(world, flags, cache_dir) as job:
-        return after, train_step(job, Progress(), stop_wanted=False).loss, clean
+        return after, train_step(job, Progress(), flags=tuple).loss, clean
 
 
 def test_the_rehearsal_leaves_no_trace(pools: Callable[[int], RankPool], cache_dir: Path) -> None:
@@ -148,7 +148,7 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank(pools: Callable[[in
 def validation(world: World, flags: str, cache_dir: Path) -> tuple[float, float, bool]:
     with a_job(world, flags, cache_dir) as job:
         before = evaluate(job)
-        train_step(job, Progress(), stop_wanted=False)
+        train_step(job, Progress(), flags=tuple)
         after = evaluate(job)
         return before, after, job.module.training
 

@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedCheckpoint
 from ..storage import make_directory, readable_errors, remove_tree, sync_directory, write_json
 from .hf_names import Piece, canonical_names, pieces_in, published_pieces
-from .local import LocalTier
-from .manifest import complete_checkpoints, read_manifest
+from .manifest import StoredCheckpoint
 from .metadata import read_metadata, read_tensors
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -156,8 +155,8 @@ class Export:
     eos_token_id: int | None = None
 
 
-def export_hf(checkpoint: Path, output: Path, hf_config: Any, *, export: Export = Export()) -> None:
-    """Write the weights of one checkpoint (a step directory) as a model that transformers' from_pretrained loads.
+def export_hf(checkpoint: StoredCheckpoint, output: Path, hf_config: Any, *, export: Export = Export()) -> None:
+    """Write the weights of one checkpoint as a model that transformers' from_pretrained loads.
 
     One process, no process group; holds one file's weights and one tensor in memory. Everything is verified first,
     written beside `output` and renamed at the end, so that what is called `output` is whole. `hf_config` is the
@@ -165,8 +164,9 @@ def export_hf(checkpoint: Path, output: Path, hf_config: Any, *, export: Export 
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"--output={output} exists already; expected a new or empty directory")
-    (record,) = complete_checkpoints(checkpoint)
-    LocalTier(checkpoint).verify(record)
+    manifest = checkpoint.manifest()
+    if damage := [text for name in manifest.files if (text := checkpoint.damage(manifest, name))]:
+        raise DamagedCheckpoint("; ".join(damage))
     temporary = output.with_name(f".{output.name}.partial")
     remove_tree(temporary)
     make_directory(temporary)
@@ -184,8 +184,9 @@ def export_hf(checkpoint: Path, output: Path, hf_config: Any, *, export: Export 
         remove_tree(temporary)
 
 
-def _write_weights(checkpoint: Path, output: Path, export: Export) -> None:
-    metadata = read_metadata(checkpoint, files=read_manifest(checkpoint).files)
+def _write_weights(checkpoint: StoredCheckpoint, output: Path, export: Export) -> None:
+    manifest = checkpoint.manifest()
+    metadata = read_metadata(checkpoint, manifest)
     stored = {
         name.removeprefix("model/"): entry
         for name, entry in metadata.state_dict_metadata.items()
@@ -199,7 +200,7 @@ def _write_weights(checkpoint: Path, output: Path, export: Export) -> None:
         for name in names:
             entry = stored[name]
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            read_tensors(checkpoint, metadata, {f"model/{name}": tensor})
+            read_tensors(checkpoint, manifest, metadata, {f"model/{name}": tensor})
             weights |= {piece.name: _cut(tensor, piece, export.dtype) for piece in published_pieces(name, entry.size)}
         with readable_errors(output / file, "writing"), _no_space_as_os_error():
             save_file(weights, output / file, metadata={"format": "pt"})

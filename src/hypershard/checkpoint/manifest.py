@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint directory: what was saved, byte for byte. Needs no torch.
+"""A stored checkpoint: a folder of files and the manifest that says what they are, byte for byte. Needs no torch.
 
-    <checkpoint_dir>/step-00000060/
+    <place>/step-00000060/
         __R_0.distcp     rank R's tensors           .metadata   where each tensor lies (torch.distributed.checkpoint)
         facts.json       step, samples, model ...   MANIFEST.json   sizes and checksums of all the others
 
@@ -11,30 +11,23 @@ torch.distributed.checkpoint has no checksums of its own: one flipped bit would 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from ..storage import read_json, write_json
+from ..errors import CheckpointError, DamagedCheckpoint
+from .lineage import UNREADABLE, Lineage
+from .stores import MANIFEST, DiskStore, Store, open_store
+from .sums import FileSum, damage_of, read_verified
 from .tier import CheckpointRecord
 
-FORMAT_VERSION = 1
-MANIFEST, FACTS, METADATA = "MANIFEST.json", "facts.json", ".metadata"
-_PIECE_BYTES = 16 * 2**20
+FORMAT_VERSION = 2
+FACTS, METADATA = "facts.json", ".metadata"
 # step-00000060, and step-00000060.2 for the second save of that step
-_DIRECTORY_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-
-
-@dataclass(frozen=True)
-class FileSum:
-    """Size in bytes and CRC-32 (zlib's, 8 hexadecimal digits) of one file."""
-
-    size_bytes: int
-    crc32: str
+_FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,7 @@ class Manifest:
     """What MANIFEST.json holds. `saved_at` is UTC in ISO 8601; `files` maps each other file's name to its sum."""
 
     step: int
+    lineage: Lineage
     saved_at: str
     world_size: int
     torch_version: str
@@ -51,8 +45,113 @@ class Manifest:
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files.values())
 
+    def to_bytes(self) -> bytes:
+        value = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "lineage": vars(self.lineage),
+            "saved_at": self.saved_at,
+            "world_size": self.world_size,
+            "torch_version": self.torch_version,
+            "files": {name: file.to_json() for name, file in self.files.items()},
+        }
+        return (json.dumps(value, indent=1) + "\n").encode()
 
-def directory_name(step: int, attempt: int) -> str:
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """One folder in a store, whole or not. `files` are the sizes found when it was listed."""
+
+    store: Store
+    folder: str
+    step: int
+    attempt: int
+    files: dict[str, int]
+
+    @property
+    def location(self) -> str:
+        return self.store.where(self.folder)
+
+    @property
+    def is_finished(self) -> bool:
+        return MANIFEST in self.files
+
+    @property
+    def record(self) -> CheckpointRecord:
+        """Raises StorageError when the manifest cannot be fetched; a damaged one sorts first and fails when read."""
+        try:
+            return CheckpointRecord(self.step, self.location, self.attempt, self.manifest().lineage)
+        except CheckpointError:
+            return CheckpointRecord(self.step, self.location, self.attempt, UNREADABLE)
+
+    def manifest(self) -> Manifest:
+        """Raises DamagedCheckpoint when it is missing or makes no sense."""
+        where = self.store.where(self.folder, MANIFEST)
+        try:
+            return _parse(json.loads(self.store.read(self.folder, MANIFEST)), where, self.step)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{where} is missing: the checkpoint was never finished") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+    def small_file(self, manifest: Manifest, name: str) -> bytes:
+        """The checked content of one file. Raises DamagedCheckpoint."""
+        expected = manifest.files[name]
+        source = self.store.source(self.folder, name)
+        try:
+            (content,) = read_verified(source, expected, [(0, expected.size_bytes)])
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{source.name} is missing, expected {expected.size_bytes} bytes") from None
+        return bytes(content)
+
+    def facts(self, manifest: Manifest) -> dict[str, Any]:
+        """The facts saved beside the tensors. Raises DamagedCheckpoint."""
+        where = self.store.where(self.folder, FACTS)
+        try:
+            facts = json.loads(self.small_file(manifest, FACTS))
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{where} cannot be read: {error}") from error
+        if not isinstance(facts, dict):
+            raise DamagedCheckpoint(f"{where}: found {type(facts).__name__}, expected an object")
+        return facts
+
+    def damage(self, manifest: Manifest, name: str) -> str | None:
+        """What is wrong with one file, or None when every byte is as saved."""
+        return self.wrong_size(manifest, name) or damage_of(self.store.source(self.folder, name), manifest.files[name])
+
+    def wrong_size(self, manifest: Manifest, name: str) -> str | None:
+        """What is wrong with the size of one file, by the listing."""
+        expected, found = manifest.files[name].size_bytes, self.files.get(name)
+        where = self.store.where(self.folder, name)
+        if found is None:
+            return f"{where} is missing, expected {expected} bytes"
+        return None if found == expected else f"{where}: found {found} bytes, expected {expected}"
+
+
+def _parse(value: Any, where: str, step: int) -> Manifest:
+    version = value["format_version"]
+    if version != FORMAT_VERSION:
+        raise DamagedCheckpoint(f"{where}: found format_version {version!r}, expected {FORMAT_VERSION}")
+    manifest = Manifest(
+        step=int(value["step"]),
+        lineage=Lineage(int(value["lineage"]["generation"]), str(value["lineage"]["id"])),
+        saved_at=str(value["saved_at"]),
+        world_size=int(value["world_size"]),
+        torch_version=str(value["torch_version"]),
+        files={name: FileSum.from_json(file) for name, file in value["files"].items()},
+    )
+    for name in (METADATA, FACTS):
+        if name not in manifest.files:
+            raise DamagedCheckpoint(f"{where} is damaged: it does not list {name}")
+    for name in manifest.files:
+        if "/" in name or os.sep in name or name in (".", ".."):
+            raise DamagedCheckpoint(f"{where} lists {name!r}, expected plain file names")
+    if manifest.step != step:
+        raise DamagedCheckpoint(f"{where} is damaged: found step {manifest.step}, expected {step}")
+    return manifest
+
+
+def folder_name(step: int, attempt: int) -> str:
     return f"step-{step:08d}" + (f".{attempt}" if attempt > 1 else "")
 
 
@@ -60,120 +159,58 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def sum_file(path: Path) -> FileSum:
-    """Read `path` and sum it up."""
-    crc, size_bytes, piece = 0, 0, bytearray(_PIECE_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            crc = zlib.crc32(memoryview(piece)[:count], crc)
-            size_bytes += count
-    return FileSum(size_bytes, f"{crc:08x}")
-
-
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    files = {name: {"size_bytes": file.size_bytes, "crc32": file.crc32} for name, file in manifest.files.items()}
-    value = {
-        "format_version": FORMAT_VERSION,
-        "step": manifest.step,
-        "saved_at": manifest.saved_at,
-        "world_size": manifest.world_size,
-        "torch_version": manifest.torch_version,
-        "files": files,
-    }
-    write_json(directory / MANIFEST, value)
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest in a checkpoint directory. Raises CheckpointError when it is missing or makes no sense."""
-    path = directory / MANIFEST
-    try:
-        value: Any = read_json(path)
-        version = value["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: found format_version {version!r}, expected {FORMAT_VERSION}")
-        files = {name: FileSum(int(file["size_bytes"]), str(file["crc32"])) for name, file in value["files"].items()}
-        manifest = Manifest(
-            int(value["step"]), str(value["saved_at"]), int(value["world_size"]), str(value["torch_version"]), files
-        )
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint was never finished") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    _check_names(path, manifest, directory)
-    return manifest
-
-
-def _check_names(path: Path, manifest: Manifest, directory: Path) -> None:
-    for name in (METADATA, FACTS):
-        if name not in manifest.files:
-            raise CheckpointError(f"{path} is damaged: it does not list {name}")
-    for name in manifest.files:
-        if "/" in name or os.sep in name or name in (".", ".."):
-            raise CheckpointError(f"{path} lists {name!r}, expected plain file names")
-    match = _DIRECTORY_NAME.fullmatch(directory.name)
-    if match and int(match[1]) != manifest.step:
-        raise CheckpointError(f"{path} is damaged: found step {manifest.step}, expected {int(match[1])}")
-
-
-def damage_of(path: Path, expected: FileSum, *, checksum: bool = True) -> str | None:
-    """What is wrong with one file of a checkpoint, or None. Without `checksum` only its size is compared."""
-    try:
-        size_bytes = path.stat().st_size
-        if size_bytes != expected.size_bytes:
-            return f"{path}: found {size_bytes} bytes, expected {expected.size_bytes}"
-        if checksum and (found := sum_file(path)) != expected:
-            return f"{path}: found checksum {found.crc32}, expected {expected.crc32}"
-    except FileNotFoundError:
-        return f"{path} is missing, expected {expected.size_bytes} bytes"
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-    return None
-
-
-def read_facts(directory: Path) -> dict[str, Any]:
-    """The facts saved beside the tensors. Raises CheckpointError when they cannot be read."""
-    try:
-        facts = read_json(directory / FACTS)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / FACTS} cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{directory / FACTS}: found {type(facts).__name__}, expected an object")
-    return facts
-
-
-def step_directories(directory: Path) -> list[CheckpointRecord]:
-    """All step directories, whole or not, newest first; a missing `directory` has none."""
-    if not directory.is_dir():
-        return []
+def stored_checkpoints(store: Store) -> list[StoredCheckpoint]:
+    """All step folders of a store, whole or not, newest first."""
     found = []
-    for path in directory.iterdir():
-        match = _DIRECTORY_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append(CheckpointRecord(int(match[1]), str(path), int(match[2] or 1)))
-    return sorted(found, key=lambda record: (record.step, record.attempt), reverse=True)
+    for folder, files in store.contents().items():
+        if match := _FOLDER.fullmatch(folder):
+            found.append(StoredCheckpoint(store, folder, int(match[1]), int(match[2] or 1), files))
+    return sorted(found, key=lambda stored: (stored.step, stored.attempt), reverse=True)
 
 
-def is_finished(record: CheckpointRecord) -> bool:
-    return (Path(record.location) / MANIFEST).exists()
+@dataclass(frozen=True)
+class Place:
+    """A store, or with `folder` just one checkpoint in it."""
+
+    store: Store
+    folder: str | None = None
+
+    def stored(self) -> list[StoredCheckpoint]:
+        """Its checkpoints, whole or not, newest first."""
+        return [stored for stored in stored_checkpoints(self.store) if self.folder in (None, stored.folder)]
+
+    def finished(self) -> list[StoredCheckpoint]:
+        """Its whole checkpoints, newest first. Raises CheckpointError when the one asked for was never finished."""
+        stored = self.stored()
+        if self.folder is not None and stored and not stored[0].is_finished:
+            raise CheckpointError(f"{stored[0].location} has no {MANIFEST}: the checkpoint was never finished")
+        return [one for one in stored if one.is_finished]
 
 
-def complete_checkpoints(directory: Path) -> list[CheckpointRecord]:
-    """Checkpoints with a manifest in `directory`, newest first. A step directory itself stands for itself alone.
+def find_place(location: str) -> Place:
+    """What a path or URI names: a folder of checkpoints, one checkpoint, or a run directory with `checkpoints/`."""
+    text = location.rstrip("/")
+    parent, _, last = text.rpartition("/")
+    if _FOLDER.fullmatch(last):
+        return Place(open_store(parent or "."), last)
+    store = open_store(text)
+    if isinstance(store, DiskStore):
+        inner = store.directory / "checkpoints"
+        if inner.is_dir() and not stored_checkpoints(store):
+            return Place(DiskStore(inner))
+    return Place(store)
 
-    Raises CheckpointError for a step directory that was never finished, since it was asked for by name.
-    """
-    match = _DIRECTORY_NAME.fullmatch(directory.name)
-    if match and directory.is_dir():
-        own = CheckpointRecord(int(match[1]), str(directory), int(match[2] or 1))
-        if not is_finished(own):
-            raise CheckpointError(f"{directory} has no {MANIFEST}: the checkpoint was never finished")
-        return [own]
-    return [record for record in step_directories(directory) if is_finished(record)]
+
+def existing_place(location: str) -> Place:
+    """The same, but a path that is no directory is an error."""
+    place = find_place(location)
+    if isinstance(place.store, DiskStore):
+        path = place.store.directory / (place.folder or "")
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such directory; expected a run or checkpoint directory, or an s3:// URI")
+    return place
 
 
-def checkpoint_directory(path: Path) -> Path:
-    """Where the checkpoints are: `path` itself, or its `checkpoints/` when `path` is a run directory."""
-    inner = path / "checkpoints"
-    return inner if inner.is_dir() and not step_directories(path) else path
+def local_folder(store: Store) -> Path | None:
+    """The directory of a store on a disk; None for one that is not."""
+    return store.directory if isinstance(store, DiskStore) else None

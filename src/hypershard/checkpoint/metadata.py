@@ -6,19 +6,21 @@ only the classes a layout is made of may appear; anything else is refused before
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.filesystem as dcp_filesystem
 import torch.distributed.checkpoint.metadata as dcp_metadata
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from ..errors import CheckpointError
-from .manifest import METADATA
+from ..errors import CheckpointError, DamagedCheckpoint
+from .dcp_format import StoredFile, decode_saved, fill, places_of
+from .manifest import METADATA, Manifest, StoredCheckpoint
 
 _METADATA_CLASSES = (
     "Metadata",
@@ -42,47 +44,51 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 _NAMES_SHOWN = 3
 
 
+class _Refused(Exception):
+    """Why a layout is not accepted."""
+
+
 class _LayoutUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise CheckpointError(f"it names {module}.{name}, which no checkpoint needs; nothing in it was executed")
+        raise _Refused(f"it names {module}.{name}, which no checkpoint needs; nothing in it was executed")
 
 
-def read_metadata(directory: Path, *, files: Mapping[str, object]) -> Metadata:
-    """The layout of the checkpoint in `directory`.
+def read_metadata(stored: StoredCheckpoint, manifest: Manifest) -> Metadata:
+    """The layout of a checkpoint.
 
-    Raises CheckpointError when `.metadata` is damaged, holds anything but a layout, or points outside `files`.
+    Raises DamagedCheckpoint when `.metadata` is not as saved, holds anything but a layout, or points outside the
+    manifest's files.
     """
-    path = directory / METADATA
+    where, content = stored.store.where(stored.folder, METADATA), stored.small_file(manifest, METADATA)
     try:
-        with open(path, "rb") as file:
-            metadata = _LayoutUnpickler(file).load()
+        metadata = _LayoutUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"found {type(metadata).__name__}, expected a layout")
-        _check_places(metadata, files)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is refused: {error}") from None
+            raise _Refused(f"found {type(metadata).__name__}, expected a layout")
+        _check_places(metadata, manifest.files)
+    except _Refused as error:
+        raise DamagedCheckpoint(f"{where} is refused: {error}") from None
     except Exception as error:  # a damaged pickle raises anything at all
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpoint(f"{where} cannot be read: {type(error).__name__}: {error}") from error
     return metadata
 
 
 def _check_places(metadata: Metadata, files: Mapping[str, object]) -> None:
     for index, place in metadata.storage_data.items():
         if place.relative_path not in files:
-            raise CheckpointError(f"{index.fqn} lies in {place.relative_path!r}, which the manifest does not list")
+            raise _Refused(f"{index.fqn} lies in {place.relative_path!r}, which the manifest does not list")
         if place.transform_descriptors:
-            raise CheckpointError(f"{index.fqn} is stored as {place.transform_descriptors}, expected plain tensors")
+            raise _Refused(f"{index.fqn} is stored as {place.transform_descriptors}, expected plain tensors")
     for name, stored in metadata.state_dict_metadata.items():
         for chunk in stored.chunks if isinstance(stored, TensorStorageMetadata) else ():
             if dcp_metadata.MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
-                raise CheckpointError(f"{name} from {tuple(chunk.offsets)} on was never written")
+                raise _Refused(f"{name} from {tuple(chunk.offsets)} on was never written")
 
 
-def check_same_model(directory: Path, metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_same_model(location: str, metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise CheckpointError unless the checkpoint holds exactly `tensors`: names, global shapes, dtypes.
 
     A checkpoint may hold more than what is asked for outside `model/` (its optimizer when only weights are read);
@@ -98,24 +104,31 @@ def check_same_model(directory: Path, metadata: Metadata, tensors: Mapping[str, 
         elif entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
             found = f"{tuple(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
             wrong.append(f"{name}: found {found}, expected {expected}")
+        elif sum(math.prod(chunk.sizes) for chunk in entry.chunks) != tensor.numel():
+            wrong.append(f"{name}: found only some of its rows, expected {expected}")
     for name in stored:
         if name.startswith("model/") and name not in tensors:
             wrong.append(f"{name}: found in the checkpoint, not in this model")
     if wrong:
         more = f"; and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
         raise CheckpointError(
-            f"{directory} is of another model: {'; '.join(wrong[:_NAMES_SHOWN])}{more}. "
+            f"{location} is of another model: {'; '.join(wrong[:_NAMES_SHOWN])}{more}. "
             f"Give --model and its settings as in that run, or choose another --resume_from_checkpoint"
         )
 
 
-def read_tensors(directory: Path, metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill `tensors` (plain, or DTensors of any sharding) in place; each rank reads what it holds, alone."""
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader = FileSystemReader(directory)
-    with torch.no_grad():
-        planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        # The global step of a load plan only gathers plans; with one file system there is nothing to coordinate.
-        plan = planner.finish_plan(planner.create_global_plan([planner.create_local_plan()])[0])
-        reader.read_data(plan, planner).wait()
+def read_tensors(
+    stored: StoredCheckpoint, manifest: Manifest, metadata: Metadata, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill `tensors` (plain, or DTensors of any sharding) in place; each rank reads and checks what it holds, alone.
+
+    Raises DamagedCheckpoint or StorageError as `fill` does.
+    """
+
+    def read_file(name: str, use: Callable[[StoredFile], None]) -> None:
+        try:
+            use(StoredFile(stored.store.source(stored.folder, name), manifest.files[name]))
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{stored.store.where(stored.folder, name)} is missing") from None
+
+    fill(tensors, metadata, places_of(metadata), read_file, decode_saved)

@@ -13,15 +13,17 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ..errors import CheckpointError, HypershardError, StorageError
+from ..errors import CheckpointError, DamagedCheckpoint, HypershardError, StorageError
 
 T = TypeVar("T")
+_KINDS: tuple[type[HypershardError], ...] = (DamagedCheckpoint, StorageError, CheckpointError)  # subclasses first
+_KINDS_BY_WEIGHT: tuple[type[HypershardError], ...] = (CheckpointError, DamagedCheckpoint, StorageError)
 
 
 @dataclass(frozen=True)
 class _Failure:
     rank: int
-    is_storage: bool
+    kind: type[HypershardError]
     text: str
 
 
@@ -64,8 +66,10 @@ class Peers:
         if error is None:
             return None
         if isinstance(error, HypershardError):
-            return _Failure(self.rank, isinstance(error, StorageError), str(error))
-        return _Failure(self.rank, isinstance(error, OSError), f"{type(error).__name__}: {error}")
+            kinds = (kind for kind in _KINDS if isinstance(error, kind))
+            return _Failure(self.rank, next(kinds, CheckpointError), str(error))
+        kind = StorageError if isinstance(error, OSError) else CheckpointError
+        return _Failure(self.rank, kind, f"{type(error).__name__}: {error}")
 
     def _gather(self, value: T) -> list[T]:
         if self.size == 1:
@@ -108,5 +112,6 @@ def _raise_failures(failures: list[_Failure], own: Exception | None) -> None:
         return
     same = len({failure.text for failure in failures}) == 1
     message = failures[0].text if same else "; ".join(f"rank {failure.rank}: {failure.text}" for failure in failures)
-    kind = StorageError if any(failure.is_storage for failure in failures) else CheckpointError
-    raise kind(message) from own
+    # The kind that says most: another model is so whatever else is wrong; damage on one rank is damage.
+    kinds = {failure.kind for failure in failures}
+    raise next(kind for kind in _KINDS_BY_WEIGHT if kind in kinds)(message) from own

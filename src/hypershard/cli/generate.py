@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.manifest import checkpoint_directory, complete_checkpoints, read_facts, read_manifest
-from ..checkpoint.tier import CheckpointRecord
+from ..checkpoint.manifest import StoredCheckpoint, existing_place
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError
 from ..models.family import family_of
-from ..storage import local_path
+from .place import place_tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+    from ..data.tokenizer import TextTokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,17 +36,22 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
     args = build_parser().parse_args(argv)
-    from ..data.tokenizer import kept_tokenizer, load_tokenizer
+    from ..data.tokenizer import load_tokenizer
 
-    directory = checkpoint_directory(local_path(args.run_dir, flag="RUN"))
-    records = complete_checkpoints(directory)
-    if not records:
-        raise CheckpointError(f"{directory}: found no finished checkpoint; expected a run directory with checkpoints/")
-    tokenizer_path = local_path(args.tokenizer, flag="--tokenizer") if args.tokenizer else kept_tokenizer(directory)
-    if tokenizer_path is None:
-        raise CheckpointError(f"found no tokenizer beside {directory}; give --tokenizer")
-    tokenizer = load_tokenizer(tokenizer_path)
-    model, eos_token_id = _load(records[0])
+    place = existing_place(args.run_dir)
+    finished = place.finished()
+    if not finished:
+        raise CheckpointError(
+            f"{args.run_dir}: found no finished checkpoint; expected a run directory with checkpoints/"
+        )
+    with place_tokenizer(place, args.tokenizer) as tokenizer_path:
+        if tokenizer_path is None:
+            raise CheckpointError(f"found no tokenizer beside {place.store.location}; give --tokenizer")
+        tokenizer = load_tokenizer(tokenizer_path)
+        return _generate(args, tokenizer, *_load(finished[0]))
+
+
+def _generate(args: argparse.Namespace, tokenizer: TextTokenizer, model: Any, eos_token_id: int | None) -> int:
     import torch
     from tokenizers import Tokenizer
 
@@ -70,20 +75,20 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _load(record: CheckpointRecord) -> tuple[Any, int | None]:
+def _load(checkpoint: StoredCheckpoint) -> tuple[Any, int | None]:
     """The model of a checkpoint on one device, in bfloat16 on a GPU; and its end-of-text token."""
     import torch
 
     from ..checkpoint.metadata import read_metadata, read_tensors
     from ..parallel.init import materialise
 
-    directory = Path(record.location)
-    facts = read_facts(directory)
+    manifest = checkpoint.manifest()
+    facts = checkpoint.facts(manifest)
     model = ModelConfig(**facts["model"])
     hf_model = family_of(model.model_type).build(model)
     materialise(hf_model, parameter_device=torch.device("cpu"), buffer_device=torch.device("cpu"))
     tensors: dict[str, torch.Tensor] = {f"model/{name}": p.detach() for name, p in hf_model.named_parameters()}
-    read_tensors(directory, read_metadata(directory, files=read_manifest(directory).files), tensors)
+    read_tensors(checkpoint, manifest, read_metadata(checkpoint, manifest), tensors)
     if torch.cuda.is_available():
         hf_model = hf_model.to("cuda", torch.bfloat16)
     return hf_model.eval(), facts.get("eos_token_id")

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from ..config.checks import check
 from ..config.flags import HelpFormatter, add_settings, parse
 from ..config.schema import Config
 from ..config.sources import Layer, Resolved, read_yaml, resolve, show
-from ..distributed.env import Ranks, read_ranks
+from ..distributed.env import Ranks, read_ranks, read_surroundings
 from ..distributed.spawn import num_gpus, run_ranks
 from ..errors import ConfigError, HypershardError, StorageError
 from ..log import logger, setup_logging
@@ -136,9 +136,11 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     from ..train.loop import Schedule
     from ..train.loop import run as train
     from ..train.run_dir import (
+        belongings,
         choose_run_dir,
         event_writer,
-        keep_tokenizer,
+        is_only_read,
+        keep,
         refuse_second_start,
         sinks_opener,
         write_description,
@@ -160,17 +162,20 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         write_description(run_dir, config, ranks, device_name=device_name(world.device))
         logger.info(f"run directory {run_dir}")
     try:
-        job = build_job(config, world, checkpoint_dir=checkpoint_dir)
-        if ranks.is_main:
-            keep_tokenizer(run_dir, job.tokenizer_path)
+        job = build_job(
+            config, world, checkpoint_dir=checkpoint_dir, surroundings=read_surroundings(ranks), alarm=_alarm(event)
+        )
+        files = belongings(config, job.tokenizer_path)
+        job.checkpoints.belongings = files
+        if ranks.is_main and not is_only_read(run_dir, config):
+            keep(run_dir, files)
         outcome = train(
             job,
             start_from,
             Schedule(
                 logging=config.train.logging_freq,
                 validation=config.train.validation_freq,
-                save=config.checkpoint.checkpoint_freq or None,
-                saves=config.checkpoint.checkpoint_freq != 0,
+                save_minutes=config.checkpoint.checkpoint_minutes,
             ),
             eval_only=config.train.eval_only,
             open_sinks=sinks_opener(run_dir, config, is_main=ranks.is_main, last_step=job.limits.last_step),
@@ -187,15 +192,25 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     return 0
 
 
+def _alarm(event: Callable[..., None]) -> Callable[[str], None]:
+    """Say what went wrong beside the training, in the log and in the run's record."""
+
+    def alarm(text: str) -> None:
+        logger.error(f"ALARM: {text}")
+        with contextlib.suppress(StorageError):  # a full disk must not stop what goes on without it
+            event("alarm", text=text)
+
+    return alarm
+
+
 def _start_of(config: Config) -> Start:
     """What --init_from and --resume_from_checkpoint mean together."""
-    from ..storage import local_path
     from ..train.restore import Start
 
     folder = config.checkpoint.resume_from_checkpoint
     train = config.train
     required = train.init_from == "resume" or (train.eval_only and train.init_from == "scratch")
-    source = None if folder is None or folder == "auto" else local_path(folder, flag="--resume_from_checkpoint")
+    source = None if folder is None or folder == "auto" else folder
     return Start(resume=folder is not None or required, source=source, required=required)
 
 

@@ -33,7 +33,8 @@ def _types() -> dict[str, tuple[type, bool]]:
     for cls in SECTIONS.values():
         for name, hint in typing.get_type_hints(cls).items():
             if isinstance(hint, types.UnionType):
-                (plain,) = [part for part in typing.get_args(hint) if part is not type(None)]
+                # `int | str | None`: a number, or one of the setting's words.
+                plain = next(part for part in typing.get_args(hint) if part is not type(None))
                 found[name] = (plain, True)
             else:
                 found[name] = (hint, False)
@@ -47,6 +48,8 @@ def coerce(name: str, value: Any, *, where: str) -> Any:
     """
     plain, optional = _types()[name]
     meta = SETTINGS[name][1].metadata
+    if isinstance(value, str) and value.strip() in meta["words"]:
+        return value.strip()
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
         if not optional:
             raise ConfigError(f"{where}: {name} cannot be empty")
@@ -63,6 +66,7 @@ def coerce(name: str, value: Any, *, where: str) -> Any:
     parsed = _number(plain, value, text)
     if parsed is None:
         expected = {bool: "1/0/true/false", int: "a whole number", float: "a number"}[plain]
+        expected = " or ".join((expected, *(repr(word) for word in meta["words"])))
         raise ConfigError(f"{where}: found {value!r}, expected {expected}")
     low, high = meta["minimum"], meta["maximum"]
     if (low is not None and parsed < low) or (high is not None and parsed > high):

@@ -24,11 +24,13 @@ def setting(
     maximum: float | None = None,
     unit: str = "",
     value_when_bare: str | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Declare one setting.
 
     `choices` limits a text to these words, `aliases` maps other accepted spellings to one of them,
-    `minimum`/`maximum` are inclusive, `value_when_bare` is what `--flag` without a value means.
+    `minimum`/`maximum` are inclusive, `value_when_bare` is what `--flag` without a value means, `words` are texts
+    with a meaning of their own, in place of a number or another text.
     """
     return dataclasses.field(
         default=default,
@@ -40,6 +42,7 @@ def setting(
             "maximum": maximum,
             "unit": unit,
             "value_when_bare": value_when_bare,
+            "words": words,
         },
     )
 
@@ -206,19 +209,67 @@ class CheckpointConfig:
     """What survives, where, and how often it is written."""
 
     checkpoint_dir: str | None = setting(None, "where checkpoints are written; default: <run_dir>/checkpoints")
-    checkpoint_freq: int | None = setting(
+    checkpoint_freq: int | str | None = setting(
         500,
-        "steps between saves; 'none' saves only at the end and on a signal, 0 never",
+        "steps between saves to checkpoint_dir; 'none' saves only at the end and on a signal, 0 never, 'auto' from "
+        "measured times and mtbf_hours",
         minimum=0,
         unit="steps",
+        words=("auto",),
     )
-    keep_checkpoints: int = setting(3, "newest checkpoints kept; older ones are deleted", minimum=1)
+    checkpoint_minutes: float | None = setting(
+        None, "also save (to checkpoint_dir and S3) when the last save is so long ago", minimum=0.01, unit="minutes"
+    )
+    keep_checkpoints: int = setting(3, "newest checkpoints kept in checkpoint_dir; older ones are deleted", minimum=1)
     async_checkpointing: bool = setting(True, "write checkpoints beside the training, from a copy in host memory")
     resume_from_checkpoint: str | None = setting(
         None,
-        "go on from the newest valid checkpoint in this folder, or start if there is none; without a value: "
-        "checkpoint_dir",
+        "go on from the newest valid checkpoint of all tiers, or start if there is none; with a value: of this folder, "
+        "run directory, step directory or s3:// URI",
         value_when_bare="auto",
+    )
+    in_memory_checkpointing_freq: int | str | None = setting(
+        10,
+        "steps between saves to shared memory, which survive a crash of the processes; 0 or 'none' never, 'auto' as "
+        "checkpoint_freq",
+        minimum=0,
+        unit="steps",
+        words=("auto",),
+    )
+    memory_tier_dir: str = setting("/dev/shm", "where shared memory is mounted")
+    num_memory_copies: int = setting(
+        1, "other nodes that keep a copy of each memory checkpoint, so that it survives the loss of a node", minimum=0
+    )
+    local_tier_dir: str | None = setting(
+        None, "disk of each node's own (NVMe) that keeps checkpoints too; default: no such tier"
+    )
+    local_checkpointing_freq: int | None = setting(
+        50, "steps between saves to local_tier_dir; 0 or 'none' never", minimum=0, unit="steps"
+    )
+    keep_local_checkpoints: int = setting(2, "newest checkpoints kept in local_tier_dir", minimum=2)
+    s3_tier_base_path: str | None = setting(
+        None, "s3://bucket/prefix of this run's checkpoints in S3; default: no such tier"
+    )
+    s3_checkpointing_freq: int | str | None = setting(
+        20,
+        "steps between uploads to s3_tier_base_path; 'none' only at the end and on a signal, 0 never, 'auto' as "
+        "checkpoint_freq",
+        minimum=0,
+        unit="steps",
+        words=("auto",),
+    )
+    keep_s3_checkpoints: int = setting(3, "newest checkpoints kept in S3", minimum=1)
+    keep_s3_every: int | None = setting(
+        None, "checkpoints in S3 whose step is a multiple of this are kept for good", minimum=1, unit="steps"
+    )
+    s3_save_minutes: float = setting(
+        60.0, "an upload that takes longer is given up, with an alarm; training goes on", minimum=0.1, unit="minutes"
+    )
+    mtbf_hours: float | None = setting(
+        None,
+        "mean time between failures of the whole job, for 'auto'; default: 50,700 GPU hours (Llama 3's) / GPUs",
+        minimum=0.01,
+        unit="hours",
     )
 
 
@@ -229,7 +280,7 @@ class ReportConfig:
     run_dir: str | None = setting(None, "folder of this run; default: runs/<date>-<run_name>")
     run_name: str | None = setting(None, "name of the run; default: the model's")
     tensorboard_dir: str | None = setting(
-        None, "TensorBoard folder; default: <run_dir>/tensorboard; 'none' writes none"
+        None, "TensorBoard folder; default: <run_dir>/tensorboard; 'none' writes none", words=("none",)
     )
 
 

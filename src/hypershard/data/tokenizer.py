@@ -50,8 +50,8 @@ def tokenizer_file(location: str | Path) -> Path:
 
 
 def kept_tokenizer(checkpoint_dir: Path) -> Path | None:
-    """The tokenizer that a run keeps beside its checkpoints (a run directory's tokenizer/), if it is there."""
-    for folder in (checkpoint_dir.parent, checkpoint_dir.parent.parent):
+    """The tokenizer kept with checkpoints (in their folder, or in the run directory above it), if it is there."""
+    for folder in (checkpoint_dir, checkpoint_dir.parent, checkpoint_dir.parent.parent):
         if (folder / "tokenizer" / "tokenizer.json").is_file():
             return folder / "tokenizer"
     return None

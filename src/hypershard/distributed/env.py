@@ -38,6 +38,35 @@ class Ranks:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the environment says of this process's place in the cluster.
+
+    `interface` is the network interface that ranks are told to talk over (GLOO_SOCKET_IFNAME), None: the way to
+    `main_host`, where rank 0 is. `domain` names what fails together with this node (its switches, where Slurm knows the
+    topology), "" when unknown. `launcher_pid` is the process whose end is the job's end on this node. `ends_at` is when
+    Slurm ends the job, in seconds since 1970; None: unknown.
+    """
+
+    main_host: str = "127.0.0.1"
+    interface: str | None = None
+    domain: str = ""
+    launcher_pid: int = 0
+    ends_at: float | None = None
+
+
+def read_surroundings(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> Surroundings:
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return Surroundings(
+        main_host=ranks.master_addr,
+        interface=environment.get("GLOO_SOCKET_IFNAME") or None,
+        # The switches above the node, from the top: "core.leaf3.p5-007".
+        domain=environment.get("SLURM_TOPOLOGY_ADDR", "").rpartition(".")[0],
+        launcher_pid=os.getpid() if ranks.launcher == "alone" else os.getppid(),
+        ends_at=float(end) if end.isdigit() else None,
+    )
+
+
 def read_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Read this process's place from its environment. Raises ConfigError for a half-set environment."""
     if "RANK" in environment or "WORLD_SIZE" in environment:

@@ -19,7 +19,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """The started job: this rank's place, its device, and a gloo group that checkpoints use beside the training."""
+    """The started job: this rank's place, its device, and a gloo group for what checkpoints agree on."""
 
     ranks: Ranks
     device: torch.device
@@ -54,8 +54,16 @@ def start(ranks: Ranks) -> World:
             timeout=_TIMEOUT,
             device_id=bound,
         )
-    # Saving runs in a thread beside the training; on the training's own group the two would wait for each other.
-    return World(ranks, device, dist.new_group(backend="gloo", timeout=_TIMEOUT))
+    return World(ranks, device, new_host_group())
+
+
+def new_host_group() -> dist.ProcessGroup:
+    """One more gloo group of all ranks, called by all of them.
+
+    What runs in a thread beside the training needs a group of its own: on one they share, the two would wait for
+    each other.
+    """
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def _device(ranks: Ranks) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,17 +18,16 @@ from .restore import Start, restore
 from .setup import Job
 from .state import Progress, advance
 from .step import train_step
-from .stop import StopSignals, stop_reason
+from .stop import SaveWish, StopSignals, stop_reason
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When things happen, in steps; None: only at the end. `saves` False: no checkpoint is ever written."""
+    """When things happen: steps between logs and validations (None: only at the end), minutes between saves."""
 
     logging: int
     validation: int | None
-    save: int | None
-    saves: bool
+    save_minutes: float | None
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,6 @@ def run(
 ) -> Outcome:
     """Train until something says stop; every rank returns the same outcome (but for its own seconds)."""
 
-    def save() -> None:
-        job.checkpoints.save(progress.step, job.tensors(), job.facts(progress))
-        event("saved", step=progress.step, stall_seconds=job.checkpoints.last_stall_seconds)
-
     def validate() -> float:
         loss = evaluate(job)
         for sink in sinks:
@@ -68,33 +64,44 @@ def run(
         close(sinks)
         return outcome
     rehearse(job)
-    if schedule.saves:
-        job.checkpoints.begin(progress.step, job.tensors())
+    saves = job.checkpoints.saves
+    if saves:
+        job.checkpoints.begin(progress.step, job.tensors(), job.facts(progress))
     else:
-        logger.warning("--checkpoint_freq=0: nothing will be saved, and a stop loses the run")
-    last_step, saved_step, validation_loss = job.limits.last_step, progress.step, None
+        logger.warning("no checkpoint tier is on: nothing will be saved, and a stop loses the run")
+    last_step, validation_loss = job.limits.last_step, None
     asked: str | None = None
-    stopwatch = Stopwatch()
-    with StopSignals() as signals:
+    stopwatch, wish = Stopwatch(), SaveWish(schedule.save_minutes, now=time.monotonic())
+    with StopSignals(wish) as signals:
+
+        def wanted() -> str | None:
+            reserve_seconds = job.checkpoints.reserve_seconds
+            return signals.received or job.limits.time_over(progress, now=time.time(), reserve_seconds=reserve_seconds)
+
+        def flags() -> list[float]:
+            save = job.world.ranks.is_main and wish.is_wanted(time.monotonic())
+            return [float(wanted() is not None), float(save), *job.checkpoints.flags()]
+
         while (reason := stop_reason(progress, job.limits, asked=asked)) is None:
-            wanted = signals.received or job.limits.hours_over(progress)
-            report = train_step(job, progress, stop_wanted=wanted is not None)
+            report = train_step(job, progress, flags=flags)
             progress = advance(progress, report, seconds=stopwatch.lap())
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
-            if report.stop_asked:
-                asked = from_main(wanted) or "a signal to another rank"
+            stop_asked, save_asked, *busy = report.flags
+            if stop_asked:
+                asked = from_main(wanted()) or "another rank's signal"
             if is_due(progress.step, schedule.logging, last_step):
                 for sink in sinks:
                     sink.write(progress.step, step_record(job, progress, report))
-            if schedule.saves and is_due(progress.step, schedule.save, last_step):
-                save()
-                saved_step = progress.step
+            if due := saves and job.checkpoints.due(progress.step, busy, asked=save_asked, step_seconds=report.seconds):
+                job.checkpoints.save(progress.step, job.tensors(), job.facts(progress), due=due)
+                wish.granted(due, time.monotonic())
+                event("saved", step=progress.step, tiers=due, stall_seconds=job.checkpoints.last_stall_seconds)
             job.checkpoints.poll()
             if is_due(progress.step, schedule.validation, last_step):
                 validation_loss = validate()
-        if schedule.saves and saved_step != progress.step:
-            save()
-        job.checkpoints.finish()
+        if saves and job.checkpoints.save_last(progress.step, job.tensors(), job.facts(progress)):
+            event("saved", step=progress.step, tiers=["all"], stall_seconds=job.checkpoints.last_stall_seconds)
+    job.checkpoints.close(is_complete=reason == "steps")
     event("stopped", step=progress.step, reason=reason)
     close(sinks)
     return Outcome(reason, progress, validation_loss)

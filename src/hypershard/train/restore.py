@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
@@ -30,11 +29,11 @@ _FREE = {
 class Start:
     """Where a run begins: at step 0, or with `resume` after the newest valid checkpoint in `source`.
 
-    `source` None is the job's own folder; with `required` a run without a checkpoint is an error.
+    `source` None means the run's own tiers; with `required` a run without a checkpoint is an error.
     """
 
     resume: bool = False
-    source: Path | None = None
+    source: str | None = None
     required: bool = False
 
 
@@ -45,11 +44,11 @@ def restore(job: Job, start: Start) -> Progress:
     """
     if not start.resume:
         return Progress()
-    facts = job.checkpoints.restore(job.tensors(), from_dir=start.source)
+    facts = job.checkpoints.restore(job.tensors(), source=start.source)
     if facts is None:
         if start.required:
             raise CheckpointError(
-                f"found no checkpoint in {start.source or 'checkpoint_dir'}, and --init_from=resume or --eval_only "
+                f"found no checkpoint in {start.source or 'any tier'}, and --init_from=resume or --eval_only "
                 f"needs one; name another --resume_from_checkpoint"
             )
         logger.info("no checkpoint to go on from; starting at step 0")

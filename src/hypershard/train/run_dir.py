@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,16 @@ def refuse_second_start(run_dir: Path, checkpoint_dir: Path) -> None:
         )
 
 
+def is_only_read(run_dir: Path, config: Config) -> bool:
+    """Whether this is somebody's run that is just being evaluated, so that its own description stays."""
+    return config.train.eval_only and (run_dir / "config.yaml").exists()
+
+
 def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_name: str) -> None:
-    """Write config.yaml, code.txt and environment.json; a run that is only evaluated keeps its own."""
-    if config.train.eval_only and (run_dir / "config.yaml").exists():
+    """Write code.txt and environment.json; a run that is only evaluated keeps its own."""
+    if is_only_read(run_dir, config):
         return
     make_directory(run_dir)
-    write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
     write_bytes(run_dir / "code.txt", _code_state().encode())
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     environment = {
@@ -73,17 +77,25 @@ def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_nam
     write_json(run_dir / "environment.json", environment)
 
 
-def keep_tokenizer(run_dir: Path, tokenizer_path: Path | None) -> None:
-    """Copy the tokenizer (with its configuration, where there is one) into the run directory."""
-    if tokenizer_path is None:
-        return
-    target = make_directory(run_dir / "tokenizer")
-    for source, name in (
-        (tokenizer_path, "tokenizer.json"),
-        (tokenizer_path.with_name("tokenizer_config.json"), "tokenizer_config.json"),
-    ):
-        if source.is_file():
-            write_bytes(target / name, source.read_bytes())
+def belongings(config: Config, tokenizer_path: Path | None) -> dict[str, bytes]:
+    """What a run needs besides tensors to go on elsewhere, by file name: its configuration and its tokenizer."""
+    files = {"config.yaml": to_yaml(config).encode()}
+    if tokenizer_path is not None:
+        for source, name in (
+            (tokenizer_path, "tokenizer.json"),
+            (tokenizer_path.with_name("tokenizer_config.json"), "tokenizer_config.json"),
+        ):
+            if source.is_file():
+                files[f"tokenizer/{name}"] = source.read_bytes()
+    return files
+
+
+def keep(run_dir: Path, files: Mapping[str, bytes]) -> None:
+    """Write `files` into the run directory."""
+    for name, content in files.items():
+        path = run_dir / name
+        make_directory(path.parent)
+        write_bytes(path, content)
 
 
 def _code_state() -> str:

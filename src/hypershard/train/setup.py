@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from ..catalog.gpus import gpu_by_device_name
 from ..checkpoint.hf import load_hf_weights
-from ..checkpoint.local import LocalTier
 from ..checkpoint.manager import CheckpointManager
 from ..config.checks import accumulation_steps, check_vocabulary, check_world
 from ..config.schema import Config, ModelConfig, OptimConfig
@@ -20,6 +19,7 @@ from ..data.loader import Loader
 from ..data.open import open_dataset, prepare_dataset
 from ..data.source import Dataset, TokenSource
 from ..distributed.collectives import barrier
+from ..distributed.env import Surroundings
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
 from ..log import logger
@@ -35,6 +35,7 @@ from .loss import LanguageModel
 from .refuse import refuse_missing_bf16, refuse_other_tokenizer, refuse_unequal_ranks
 from .state import checkpoint_tensors
 from .stop import Limits
+from .tiers import build_checkpoints
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ class Job:
         }
 
 
-def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
-    """Build every part. Raises a UserError for whatever the configuration asks that cannot be."""
+def build_job(
+    config: Config, world: World, *, checkpoint_dir: Path, surroundings: Surroundings, alarm: Callable[[str], None]
+) -> Job:
+    """Build every part. Raises a UserError for whatever the configuration asks that cannot be.
+
+    `alarm` is told of what goes wrong beside the training.
+    """
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
     refuse_missing_bf16(config, world.device)
     dataset = _open_data(config, world)
@@ -94,7 +100,7 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
     samples_per_step = config.data.train_batch_size * world.size * accumulation
     batch_sizes = (config.data.train_batch_size, config.data.val_batch_size or config.data.train_batch_size)
     train_data = _loader(config, model, dataset.train, world, batch_size=batch_sizes[0])
-    limits = _limits(config, train_data.samples_per_epoch, samples_per_step)
+    limits = _limits(config, train_data.samples_per_epoch, samples_per_step, ends_at=surroundings.ends_at)
 
     module, sharded = _build_module(config, model, family, world, samples_per_step=samples_per_step)
     parameters = dict(module.hf_model.named_parameters())
@@ -142,10 +148,8 @@ def build_job(config: Config, world: World, *, checkpoint_dir: Path) -> Job:
         validation_batches=config.train.validation_batches,
         flops_per_token=family.flops_per_token(model, context_tokens=context).total,
         peak_flops_per_gpu=_peak_flops(config, world.device),
-        checkpoints=CheckpointManager(
-            LocalTier(checkpoint_dir, group=world.checkpoint_group),
-            keep=config.checkpoint.keep_checkpoints,
-            asynchronous=config.checkpoint.async_checkpointing,
+        checkpoints=build_checkpoints(
+            config.checkpoint, world, checkpoint_dir=checkpoint_dir, surroundings=surroundings, alarm=alarm
         ),
     )
 
@@ -178,13 +182,13 @@ def _loader(config: Config, model: ModelConfig, source: TokenSource, world: Worl
     )
 
 
-def _limits(config: Config, num_samples: int, samples_per_step: int) -> Limits:
+def _limits(config: Config, num_samples: int, samples_per_step: int, *, ends_at: float | None) -> Limits:
     """The run's last step: max_steps, or as many as the epochs hold, whichever comes first."""
     train = config.train
     epochs = config.data.epochs or (1 if train.max_steps is None else None)
     by_epochs = None if epochs is None else max(1, epochs * num_samples // samples_per_step)
     last_step = min(steps for steps in (train.max_steps, by_epochs) if steps is not None)
-    return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600)
+    return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600, ends_at)
 
 
 def _build_module(

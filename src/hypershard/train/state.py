@@ -35,7 +35,7 @@ class StepReport:
     """What one optimizer step did; the same on every rank but for `seconds`.
 
     loss in nats per token over the global batch; grad_norm before clipping; `skipped` when either was not finite
-    and the weights were left alone; `stop_asked` when any rank saw a signal or the end of its hours.
+    and the weights were left alone; `flags` says of each flag given to the step whether any rank raised it.
     """
 
     loss: float
@@ -45,7 +45,7 @@ class StepReport:
     samples: int
     seconds: float
     skipped: bool
-    stop_asked: bool
+    flags: tuple[bool, ...]
 
 
 def advance(progress: Progress, report: StepReport, *, seconds: float) -> Progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,11 +17,12 @@ from .setup import Job
 from .state import Progress, StepReport, seed_everything
 
 
-def train_step(job: Job, progress: Progress, *, stop_wanted: bool) -> StepReport:
+def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[float]]) -> StepReport:
     """Do the step after `progress`. The weights stay as they are if the loss or the gradient is not finite.
 
     Besides FSDP2's own there are two collectives: the count of valid tokens before backward, so that the loss is
-    normalised over all ranks and micro-steps, and one vector after it (loss, gradient norm, wish to stop).
+    normalised over all ranks and micro-steps, and one vector after it (loss, gradient norm, this rank's `flags`).
+    No rank comes past the second one before every rank's last memory checkpoint is whole.
     """
     started_at = time.perf_counter()
     step = progress.step + 1
@@ -29,8 +30,9 @@ def train_step(job: Job, progress: Progress, *, stop_wanted: bool) -> StepReport
     batches = job.train_data.step(progress.samples, accumulation=job.accumulation)
     loss_sum, valid_tokens = accumulate_gradients(job, batches)
     gradients = local_gradients(job.parameters.values())
+    job.checkpoints.settle()
     totals = sum_over_ranks(
-        [loss_sum, sum_of_squares(gradients) / job.sharded.num_replicas, float(stop_wanted)], device=job.world.device
+        [loss_sum, sum_of_squares(gradients) / job.sharded.num_replicas, *flags()], device=job.world.device
     ).tolist()
     loss, grad_norm = totals[0] / valid_tokens.item(), math.sqrt(totals[1])
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
@@ -48,7 +50,7 @@ def train_step(job: Job, progress: Progress, *, stop_wanted: bool) -> StepReport
         samples=job.samples_per_step,
         seconds=time.perf_counter() - started_at,
         skipped=skipped,
-        stop_asked=totals[2] > 0,
+        flags=tuple(total > 0 for total in totals[2:]),
     )
 
 

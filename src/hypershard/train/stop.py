@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
+from ..checkpoint.manager import NODE_TIERS
 from .state import Progress
 
 # What Slurm, SageMaker, Kubernetes and a person send: time limit or preemption, scancel, Ctrl-C.
@@ -14,14 +16,22 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Limits:
-    """`last_step` ends the run; `max_seconds` (None: no limit) counts training time over all restarts."""
+    """`last_step` ends the run; `max_seconds` (None: no limit) counts training time over all restarts.
+
+    `ends_at` (None: unknown) is when the cluster ends the job, in seconds since 1970.
+    """
 
     last_step: int
     max_seconds: float | None
+    ends_at: float | None = None
 
-    def hours_over(self, progress: Progress) -> str | None:
-        """ "hours" when the run has had its time, else None."""
-        return "hours" if self.max_seconds is not None and progress.seconds >= self.max_seconds else None
+    def time_over(self, progress: Progress, *, now: float, reserve_seconds: float) -> str | None:
+        """ "hours" or "time limit" when no more than `reserve_seconds` of the run's or the job's time are left."""
+        if self.max_seconds is not None and progress.seconds >= self.max_seconds - reserve_seconds:
+            return "hours"
+        if self.ends_at is not None and now >= self.ends_at - reserve_seconds:
+            return "time limit"
+        return None
 
 
 def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str | None:
@@ -31,14 +41,37 @@ def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str
     return asked
 
 
-class StopSignals:
-    """While active, a signal is remembered instead of ending the process; a second Ctrl-C ends it at once."""
+class SaveWish:
+    """Whether it is time for a save that steps do not ask for: some minutes have passed, or SIGUSR2 came."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_minutes: float | None, *, now: float):
+        self._every_seconds = None if every_minutes is None else every_minutes * 60
+        self._saved_at = now
+        self.is_asked = False
+
+    def is_wanted(self, now: float) -> bool:
+        is_late = self._every_seconds is not None and now - self._saved_at >= self._every_seconds
+        return self.is_asked or is_late
+
+    def granted(self, tiers: Sequence[str], now: float) -> None:
+        """A save to `tiers` was begun; those on the nodes themselves are not what was wished for."""
+        if set(tiers) - NODE_TIERS:
+            self._saved_at, self.is_asked = now, False
+
+
+class StopSignals:
+    """While active, a signal is remembered instead of ending the process; a second Ctrl-C ends it at once.
+
+    SIGUSR2 asks for a save and no stop.
+    """
+
+    def __init__(self, wish: SaveWish) -> None:
         self.received: str | None = None
+        self._wish = wish
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,6 +79,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2:
+            self._wish.is_asked = True
+            return
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name

@@ -1,0 +1,136 @@
+"""A durable checkpoint out of the blobs that lie on this node: what was saved to memory only, brought to safety."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import SavePlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from ..errors import CheckpointError, DamagedCheckpoint
+from .blob import HEAD_BYTES, Item
+from .dcp_format import ByteSink, Part, layout_bytes, part_name, plan_globally, write_part
+from .manifest import FACTS, METADATA, Manifest, StoredCheckpoint, stored_checkpoints
+from .node_blobs import Blob, BlobSet
+from .stores import MANIFEST, Store
+from .sums import FileSum, sum_of
+from .transfer import Progress, files_at_once, in_parallel, new_folder
+
+
+def assemble(blobs: BlobSet, target: Store, progress: Progress) -> StoredCheckpoint:
+    """Write the checkpoint that `blobs`, which must be whole, make together to `target`, one file per part.
+
+    Each blob is verified first and looked at again afterwards, because a running job may write it anew at any time;
+    so `progress` is told of twice the size of its parts.
+    Raises DamagedCheckpoint, CheckpointError (written anew meanwhile) and StorageError; then nothing stays there.
+    """
+    held = [blobs.parts[number] for number in range(blobs.num_parts)]
+    plans, metadata = plan_globally([_plan(blob.table.items) for blob in held])
+    written: dict[int, Part] = {}
+    with new_folder(target, blobs.step) as folder:
+
+        def write(number: int) -> None:
+            blob, plan, file = held[number], plans[number], part_name(number)
+            if not plan.items:
+                written[number] = Part(file, None, {})
+                return
+            _verify(blob, progress)
+            with _mapped(blob.path) as memory, target.stream(folder, file, seconds=None) as sink:
+                tensors = {_index(item): _view(memory, item) for item in blob.table.items}
+                written[number] = write_part(plan, tensors, _Told(sink, progress), file=file)
+                if not blob.is_still_there():
+                    raise _gone(blob)
+
+        tasks = [partial(write, number) for number in range(blobs.num_parts)]
+        in_parallel(tasks, num_threads=files_at_once(target), progress=progress)
+        table = held[0].table
+        parts = [written[number] for number in range(blobs.num_parts)]
+        small = {
+            METADATA: layout_bytes(metadata, parts),
+            FACTS: (json.dumps({**table.facts, "step": table.step}, indent=1) + "\n").encode(),
+        }
+        files: dict[str, FileSum] = {part.file: part.sum for part in parts if part.sum is not None}
+        for name, content in small.items():
+            target.write(folder, name, content)
+            files[name] = sum_of(content)
+        torch_version = str(torch.__version__)
+        manifest = Manifest(table.step, table.lineage, blobs.saved_at, table.world_size, torch_version, files)
+        target.settle(folder)
+        target.write(folder, MANIFEST, manifest.to_bytes(), is_new=True)
+    return next(one for one in stored_checkpoints(target) if one.folder == folder)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A sink whose writes are reported."""
+
+    sink: ByteSink
+    progress: Progress
+
+    def write(self, data: Any, /) -> None:
+        self.progress.advance(memoryview(data).nbytes)
+        self.sink.write(data)
+
+
+def _verify(blob: Blob, progress: Progress) -> None:
+    if damage := blob.damage(progress.following(blob.source)):
+        raise DamagedCheckpoint(damage) if blob.is_still_there() else _gone(blob)
+
+
+def _gone(blob: Blob) -> CheckpointError:
+    return CheckpointError(f"{blob.path} was written anew while it was read: the run goes on; try again")
+
+
+def _index(item: Item) -> MetadataIndex:
+    return MetadataIndex(item.name, torch.Size(item.offsets))
+
+
+def _plan(items: tuple[Item, ...]) -> SavePlan:
+    """What the rank that wrote these items planned to save."""
+    return SavePlan(
+        [
+            WriteItem(
+                _index(item),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)),
+                    TensorProperties(dtype=_dtype(item)),
+                    torch.Size(item.shape),
+                ),
+            )
+            for item in items
+        ]
+    )
+
+
+def _dtype(item: Item) -> torch.dtype:
+    dtype = getattr(torch, item.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedCheckpoint(f"{item.name} has dtype {item.dtype!r}")
+    return dtype
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The file's bytes, read when touched. Private and writable, because torch warns of memory it may not write."""
+    with open(path, "rb") as file:
+        # Not closed at the end: the tensors that look into it go a moment later and take it with them.
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _view(memory: mmap.mmap, item: Item) -> torch.Tensor:
+    """A tensor whose storage is just the item's own range."""
+    if not item.size_bytes:
+        return torch.empty(item.sizes, dtype=_dtype(item))
+    dtype = _dtype(item)
+    num_elements = item.size_bytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=HEAD_BYTES + item.begin).view(item.sizes)
