@@ -4,7 +4,7 @@
     node i     a network namespace with eth0 = 10.77.0.<i+1>, and in it a PID and mount namespace with a small tmpfs on
                /dev/shm. All lives as long as process 1 of the PID namespace: killing that is pulling the plug.
 
-Needs root, `ip`, `unshare`, `nsenter` and `setpriv`. Nothing is seen by the machine's own network.
+Needs root, `ip`, `tc`, `unshare`, `nsenter` and `setpriv`. Nothing is seen by the machine's own network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIRST = 'mount -t tmpfs -o size="$1",mode=1777 tmpfs /dev/shm && echo up && whi
 @cache
 def nodes_available() -> str | None:
     """Why there can be no nodes here, or None when there can."""
-    missing = [program for program in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(program) is None]
+    missing = [program for program in ("ip", "tc", "unshare", "nsenter", "setpriv") if shutil.which(program) is None]
     if missing:
         return f"nodes need {', '.join(missing)}"
     try:
@@ -54,17 +54,23 @@ class Node:
         self._holder: subprocess.Popen[str] | None = None
         self._first_pid = 0
         self._started: list[subprocess.Popen[Any]] = []
-        _ip("netns", "add", self._network)
-        _ip("link", "add", "eth0", "netns", self._network, "type", "veth", "peer", "name", self._port, "netns", _hub())
-        _ip("-n", _hub(), "link", "set", self._port, "master", "bridge", "up")
-        _ip("-n", self._network, "address", "add", f"{self.address}/24", "dev", "eth0")
-        for interface in ("lo", "eth0"):
-            _ip("-n", self._network, "link", "set", interface, "up")
+        self._plug_in()
         self._boot()
 
     @property
     def is_up(self) -> bool:
         return self._holder is not None
+
+    def _plug_in(self) -> None:
+        network, port, hub = self._network, self._port, _hub()
+        _ip("netns", "add", network)
+        # The same hardware address after a loss: others need not forget what they know of this node.
+        inside = ["eth0", "address", f"02:00:0a:4d:00:{self.number + 1:02x}", "netns", network]
+        _ip("link", "add", *inside, "type", "veth", "peer", "name", port, "netns", hub)
+        _ip("-n", hub, "link", "set", port, "master", "bridge", "up")
+        _ip("-n", network, "address", "add", f"{self.address}/24", "dev", "eth0")
+        for interface in ("lo", "eth0"):
+            _ip("-n", network, "link", "set", interface, "up")
 
     @property
     def shm(self) -> Path:
@@ -141,15 +147,23 @@ class Node:
     def reconnect(self) -> None:
         _ip("-n", _hub(), "link", "set", self._port, "up")
 
+    def slow_down(self, bytes_per_second: int) -> None:
+        """What this node sends leaves it at such a rate from now on."""
+        rate = ["rate", f"{bytes_per_second * 8}bit", "burst", "64kb", "latency", "200ms"]
+        words = ["tc", "-n", self._network, "qdisc", "replace", "dev", "eth0", "root", "tbf", *rate]
+        subprocess.run(words, check=True, capture_output=True)
+
     def lose(self) -> None:
         """Cut the network first, so that no connection is closed in good order; then all processes and memory go."""
         self.cut_off()
         self._end()
+        _ip("-n", _hub(), "link", "delete", self._port)
+        _remove_network(self._network)
 
     def come_back(self) -> None:
         """As after a new start of the machine, or as another one in its place: no process, /dev/shm empty."""
+        self._plug_in()
         self._boot()
-        self.reconnect()
 
     def _end(self) -> None:
         holder, self._holder = self._holder, None

@@ -31,6 +31,13 @@ ACCESS_KEY = "AKIATESTACCESSKEY"
 SECRET_KEY = "secret/Test+Key"
 _START_SECONDS = 60
 _MAX_ANSWER_SECONDS = 120
+# Nobody writes to its standard input; that it ends says that whoever started the server is gone, killed or not.
+_MOTO = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+from moto.server import main
+main(sys.argv[1:])
+"""
 
 
 def environment(endpoint: str) -> dict[str, str]:
@@ -57,7 +64,7 @@ class Server:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()  # waits, and closes the pipe
 
     def create_bucket(self, name: str) -> None:
         _ask(self.endpoint, "PUT", f"/{name}")
@@ -86,7 +93,8 @@ def start_moto() -> Server:
         # Small parts keep tests quick; S3's smallest is 5 MiB.
         more = {"S3_UPLOAD_PART_MIN_SIZE": "1024", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(2**28)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, "-c", _MOTO, "-H", "127.0.0.1", "-p", str(port)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | more,
@@ -143,7 +151,7 @@ class Seen:
     num_bytes: int
 
 
-# Chooses from method, path, query and how many requests of this method, path and query came before.
+# Chooses from method, path, query and how many requests of this method, path and query (but for uploadId) came before.
 Chooser = Callable[[str, str, dict[str, str], int], Fault | None]
 
 
@@ -180,7 +188,7 @@ class FaultProxy:
         self.counts: dict[tuple[str, str, str], int] = {}
         self.most_at_once = 0
         self.at_once = 0
-        self.released = threading.Event()
+        self.num_releases = 0
         self._closing = threading.Event()
         self._server = _Listener(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -195,15 +203,13 @@ class FaultProxy:
             self.counts.clear()
             self.seen.clear()
             self.most_at_once = 0
-        self.released.clear()
 
     def release(self) -> None:
-        """Let go on what stalls: its connections are closed without an answer."""
-        self.released.set()
+        """Let go on what stalls now: its connections are closed without an answer."""
+        self.num_releases += 1
 
     def close(self) -> None:
         self._closing.set()
-        self.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -332,8 +338,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, headers: dict[str, str], body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         hop = {"expect", "connection", "transfer-encoding", "content-length", "accept-encoding"}
         wanted = {name: value for name, value in headers.items() if name not in hop}
-        if headers.get("content-encoding", "").startswith("aws-chunked"):
-            wanted["content-length"] = str(len(body))
+        if "aws-chunked" in headers.get("content-encoding", ""):
+            body, trailers = _without_chunks(body)
+            for name in ("content-encoding", "x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256"):
+                wanted.pop(name, None)
+            wanted |= trailers
         connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=_MAX_ANSWER_SECONDS)
         try:
             connection.request(self.command, self.path, body=body, headers=wanted)
@@ -344,6 +353,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: list[tuple[str, str]], body: bytes, fault: Fault) -> None:
         hop = {"connection", "transfer-encoding", "server", "date", "keep-alive"}
+        if (fault.truncate or fault.reset == "middle") and not body:  # there is no middle: nothing of it comes
+            self._reset() if fault.reset else self._close()
+            return
         length = next((value for name, value in headers if name.lower() == "content-length"), str(len(body)))
         self.send_response(status)
         for name, value in headers:
@@ -376,10 +388,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _stall(self) -> None:
         """Keep the connection open and say nothing, until released or the client gives up."""
         self.close_connection = True
+        proxy = self.server.proxy
+        num_releases = proxy.num_releases
         with selectors.DefaultSelector() as watch:
             watch.register(self.connection, selectors.EVENT_READ)
-            while not self.server.proxy.released.wait(0.05):
-                if watch.select(0) and not self.connection.recv(2**16):
+            while proxy.num_releases == num_releases and not proxy.is_closing:
+                if watch.select(0.05) and not self.connection.recv(2**16):
                     return
 
     def _reset(self) -> None:

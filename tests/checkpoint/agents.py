@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import socket
 import subprocess
@@ -115,10 +114,20 @@ class Proxy:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def close(self) -> None:
-        for one in (self._listener, *self._open):
+        self.drop()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._open) // 2
+
+    def drop(self) -> None:
+        """End all connections there are."""
+        for one in self._open:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
-            one.close()
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError):
@@ -132,7 +141,7 @@ class Proxy:
     def _forward(self, source: socket.socket, sink: socket.socket, to_agent: bool) -> None:
         num_passed = 0
         with contextlib.suppress(OSError):
-            while data := bytearray(source.recv(2**18)):
+            while data := bytearray(source.recv(2**16)):
                 if to_agent:
                     data = self._spoiled(data, num_passed)
                 self.seen += data
@@ -140,7 +149,7 @@ class Proxy:
                 num_passed += len(data)
                 if to_agent:
                     self.num_forwarded += len(data)
-        for one in (source, sink):
+        for one in (source, sink):  # closed by the other direction's thread too; a closed one does not mind
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
 
@@ -152,14 +161,11 @@ class Proxy:
             raise ConnectionResetError
         while spoil.stall_after is not None and before + len(data) > spoil.stall_after:
             time.sleep(0.05)
-        time.sleep(spoil.pause_seconds)
+        if before // 2**18 != (before + len(data)) // 2**18:
+            time.sleep(spoil.pause_seconds)
         return data
 
 
 def sleeper() -> subprocess.Popen[bytes]:
     """A process for an agent to watch."""
     return subprocess.Popen(["sleep", "600"])
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +33,9 @@ from tests.checkpoint.agents import (
 )
 
 from hypershard.checkpoint.agent_client import AgentAddress, AgentClient, AgentSource, ensure_agent
-from hypershard.checkpoint.blob import blob_damage, read_table
+from hypershard.checkpoint.blob import HEAD_BYTES, BlobTable, blob_damage, read_table, table_bytes
 from hypershard.checkpoint.copies import Offer, open_blob
+from hypershard.checkpoint.lineage import Lineage
 from hypershard.checkpoint.memory_files import scan
 from hypershard.checkpoint.sums import FileSource
 from hypershard.errors import StorageError
@@ -87,9 +91,16 @@ class Pair:
         )
         self.client_a = AgentClient(self.address_a, timeout_seconds=timeout_seconds)
         self.client_b = AgentClient(self.address_b, timeout_seconds=timeout_seconds)
-        self.client_b.reserve({0: SLOT_BYTES})
 
-    def save(self, step: int, *, lineage=FIRST, through: AgentAddress | None = None) -> str | None:
+    def emptied(self) -> "Pair":
+        """The same agents with nothing saved; all they know is in files."""
+        for root in (self.a, self.b):
+            for kind in ("own", "copies"):
+                shutil.rmtree(root / kind, ignore_errors=True)
+        self.client_b.reserve({0: SLOT_BYTES})
+        return self
+
+    def save(self, step: int, *, lineage: Lineage = FIRST, through: AgentAddress | None = None) -> str | None:
         """Rank 0 saves and has a copy made; what went wrong with that."""
         path = make_blob(self.a, rank=0, step=step, lineage=lineage, payload_bytes=PAYLOAD_BYTES)
         return self.client_a.replicate(path, [through or self.address_b])[0]
@@ -107,18 +118,46 @@ class Pair:
         self.client_b.close()
 
 
+@contextlib.contextmanager
+def lasting(folder: Path, timeout_seconds: float) -> Iterator[Pair]:
+    watched = sleeper()
+    try:
+        made = Pair(folder, watched.pid, timeout_seconds)
+        yield made
+        made.close()
+    finally:
+        watched.kill()
+        watched.wait()
+
+
+@pytest.fixture(scope="module")
+def patient_agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with lasting(tmp_path_factory.mktemp("patient"), 10) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hasty_agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with lasting(tmp_path_factory.mktemp("hasty"), 1) as made:
+        yield made
+
+
 @pytest.fixture
-def pair(tmp_path: Path, job: subprocess.Popen[bytes]) -> Iterator[Pair]:
+def pair(patient_agents: Pair) -> Pair:
+    return patient_agents.emptied()
+
+
+@pytest.fixture
+def hasty(hasty_agents: Pair) -> Pair:
+    """Agents that wait no longer than a second for a byte."""
+    return hasty_agents.emptied()
+
+
+@pytest.fixture
+def mortal(tmp_path: Path, job: subprocess.Popen[bytes]) -> Iterator[Pair]:
+    """Agents of this one test, to be killed; they watch `job`."""
     made = Pair(tmp_path, job.pid)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def hasty(tmp_path: Path, job: subprocess.Popen[bytes]) -> Iterator[Pair]:
-    """Agents that wait no longer than 1.5 seconds for a byte."""
-    made = Pair(tmp_path, job.pid, timeout_seconds=1.5)
-    yield made
+    yield made.emptied()
     made.close()
 
 
@@ -196,7 +235,11 @@ def test_a_blob_that_is_not_the_one_offered_is_refused(pair: Pair, clients) -> N
     client = clients(pair.address_b)
     with open_blob(pair.a, path) as file:
         offer = Offer(0, FIRST, 5, size_bytes, PAYLOAD_BYTES)
-        for wrong in (replace(offer, step=6), replace(offer, lineage=SECOND), replace(offer, size_bytes=size_bytes - 1)):
+        for wrong in (
+            replace(offer, step=6),
+            replace(offer, lineage=SECOND),
+            replace(offer, size_bytes=size_bytes - 1),
+        ):
             with pytest.raises(StorageError, match=r"not the blob that was offered|damaged head"):
                 client.put(file, wrong)
         with pytest.raises(StorageError, match="ValueError"):
@@ -229,8 +272,6 @@ def test_a_false_agent_is_told_nothing(pair: Pair, clients) -> None:
                 heard.append(connection.recv(1000))
                 connection.sendall(heard[0][-32:])  # reflects what it was given
                 heard.append(connection.recv(1000))
-
-        import threading
 
         thread = threading.Thread(target=answer)
         thread.start()
@@ -276,27 +317,34 @@ def test_a_torn_transfer_leaves_the_older_copies(pair: Pair, proxies) -> None:
     assert pair.copies() == [(1, 6), (1, 7)]
 
 
-@pytest.mark.parametrize("flip_at", [3, 40, 100, 2000, PAYLOAD_BYTES // 3, PAYLOAD_BYTES + 4096 + 300])
-def test_a_bit_flipped_on_the_way_is_found(pair: Pair, proxies, flip_at: int) -> None:
+def saved_table(pair: Pair) -> BlobTable:
+    table = read_table(FileSource(pair.a / make_blob(pair.a, rank=0, step=7, payload_bytes=PAYLOAD_BYTES)))
+    assert table is not None
+    return table
+
+
+def test_a_bit_flipped_on_the_way_is_found(pair: Pair, proxies) -> None:
     """In the greeting, its proof, the request, the head, the payload, the table."""
-    assert pair.save(5) is None
-    assert pair.save(6) is None
-    proxy = proxies(pair.address_b, flip_at=flip_at)
-    outcome = pair.save(7, through=proxy.address)
-    if flip_at == 2000:  # the head's last bytes are padding, which may be anything
-        assert outcome is None
-        return
-    assert outcome is not None
-    assert (1, 6) in pair.copies() and (1, 7) not in pair.copies()
-    assert pair.save(7) is None
-    assert pair.copies() == [(1, 6), (1, 7)]
+    size_bytes = len(table_bytes(saved_table(pair))) + HEAD_BYTES + PAYLOAD_BYTES
+    request = json.dumps({"request": "put", **Offer(0, FIRST, 7, size_bytes, PAYLOAD_BYTES).to_json()})
+    head_at = 72 + 4 + len(request.replace(" ", "")) + 32
+    table_at = head_at + HEAD_BYTES + PAYLOAD_BYTES
+    places = (3, 60, 100, head_at + 2, head_at + 12, head_at + 30, PAYLOAD_BYTES // 3, table_at - 1, table_at + 9)
+    for step, flip_at in enumerate(places, 7):
+        assert pair.save(step - 1) is None
+        outcome = pair.save(step, through=proxies(pair.address_b, flip_at=flip_at).address)
+        assert outcome is not None, flip_at
+        assert (1, step - 1) in pair.copies() and (1, step) not in pair.copies()
+    assert pair.save(step) is None
+    assert pair.copies() == [(1, step - 1), (1, step)]
 
 
 def test_a_stalled_network_is_an_error(hasty: Pair, proxies) -> None:
     assert hasty.save(5) is None
-    for stall_after in (0, 200, PAYLOAD_BYTES // 2):
+    for stall_after in (0, PAYLOAD_BYTES // 2):
         outcome = hasty.save(6, through=proxies(hasty.address_b, stall_after=stall_after).address)
-        assert outcome is not None and "did not move a byte" in outcome
+        # The agent that waits for bytes gives up, or the one that waits for an answer, whichever is first.
+        assert outcome is not None and re.search("did not move a byte|ended the connection|broke the", outcome)
     assert hasty.copies() == [(1, 5)]
     # The slot is not held by the transfer that stalled.
     assert hasty.save(6) is None
@@ -304,8 +352,8 @@ def test_a_stalled_network_is_an_error(hasty: Pair, proxies) -> None:
 
 
 def test_a_slow_network_is_none(hasty: Pair, proxies) -> None:
-    """Five pauses of 0.6 seconds are longer than the time-out, none of them by itself."""
-    assert hasty.save(5, through=proxies(hasty.address_b, pause_seconds=0.6).address) is None
+    """Four pauses of 0.4 seconds are longer than the time-out, none of them by itself."""
+    assert hasty.save(5, through=proxies(hasty.address_b, pause_seconds=0.4).address) is None
     assert hasty.copies() == [(1, 5)]
 
 
@@ -350,8 +398,8 @@ def test_too_little_memory_is_refused_with_figures(small_memory: Path, job, clie
     client.reserve({4: 2**20, 5: 2**20})
     assert [size for _, size in client.held("memory")] == [2**20] * 4
     client.reserve({4: 2**20, 5: 2**20})  # what is there is not claimed again
-    client.reserve({4: 2**21})  # and empty slots of another size make room
-    assert sorted(size for _, size in client.held("memory")) == [2**20, 2**20, 2**21, 2**21]
+    client.reserve({4: 2**20 + 2**18})  # and empty slots of another size make room
+    assert [size for _, size in client.held("memory")] == [2**20 + 2**18] * 2 + [2**20] * 2
 
 
 def test_copies_of_an_earlier_start_stay_until_there_are_new_ones(pair: Pair) -> None:
@@ -408,20 +456,18 @@ def test_it_ends_with_the_process_it_watches(tmp_path: Path, job: subprocess.Pop
     assert "is gone" in (tmp_path / "agent.log").read_text()
 
 
-def test_writes_under_way_are_finished_at_the_end(pair: Pair, job: subprocess.Popen[bytes], proxies) -> None:
-    proxy = proxies(pair.address_b, pause_seconds=0.3)
-    pid_a, pid_b = pid_of(pair.address_a), pid_of(pair.address_b)
-    path = make_blob(pair.a, rank=0, step=5, payload_bytes=PAYLOAD_BYTES)
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_writes_under_way_are_finished_at_the_end(mortal: Pair, job: subprocess.Popen[bytes], proxies) -> None:
+    proxy = proxies(mortal.address_b, pause_seconds=0.3)
+    pid_a, pid_b = pid_of(mortal.address_a), pid_of(mortal.address_b)
+    path = make_blob(mortal.a, rank=0, step=5, payload_bytes=PAYLOAD_BYTES)
     with ThreadPoolExecutor(1) as pool:
-        outcome = pool.submit(pair.client_a.replicate, path, [proxy.address])
+        outcome = pool.submit(mortal.client_a.replicate, path, [proxy.address])
         wait_for(lambda: proxy.num_forwarded > PAYLOAD_BYTES // 4)
         job.kill()
         with contextlib.suppress(StorageError):  # the agent may be gone before its answer is read
             assert outcome.result() == [None]
     wait_for(lambda: not is_alive(pid_a) and not is_alive(pid_b))
-    assert pair.copies() == [(1, 5)]
+    assert mortal.copies() == [(1, 5)]
 
 
 def test_it_survives_what_ends_trainers(tmp_path: Path, job: subprocess.Popen[bytes]) -> None:
@@ -447,17 +493,17 @@ def test_it_survives_what_ends_trainers(tmp_path: Path, job: subprocess.Popen[by
     assert os.getsid(pid) == pid and Path(f"/proc/{pid}/fd/1").readlink() == Path("/dev/null")
 
 
-def test_a_killed_agent_is_replaced_and_nothing_is_lost(pair: Pair, job: subprocess.Popen[bytes]) -> None:
-    assert pair.save(5) is None
-    pid = pid_of(pair.address_b)
+def test_a_killed_agent_is_replaced_and_nothing_is_lost(mortal: Pair, job: subprocess.Popen[bytes]) -> None:
+    assert mortal.save(5) is None
+    pid = pid_of(mortal.address_b)
     os.kill(pid, signal.SIGKILL)
-    outcome = pair.save(6)
+    outcome = mortal.save(6)
     assert outcome is not None
-    new = ensure_agent(pair.b, disk_root=None, host=HERE, watch_pid=job.pid)
-    assert new.token != pair.address_b.token and pid_of(new) != pid
-    assert pair.copies() == [(1, 5)]
-    assert pair.save(6, through=new) is None
-    assert pair.copies() == [(1, 5), (1, 6)]
+    new = ensure_agent(mortal.b, disk_root=None, host=HERE, watch_pid=job.pid)
+    assert new.token != mortal.address_b.token and pid_of(new) != pid
+    assert mortal.copies() == [(1, 5)]
+    assert mortal.save(6, through=new) is None
+    assert mortal.copies() == [(1, 5), (1, 6)]
     source = AgentSource(new, "memory", "copies/rank-00000/slot-0")
     table = read_table(source)
     assert table is not None and table.step == 5 and blob_damage(source, table) is None
@@ -518,11 +564,9 @@ def test_the_token_is_nowhere_but_in_its_file(pair: Pair, clients, proxies) -> N
 
 
 def test_it_listens_on_its_one_address_only(pair: Pair) -> None:
-    for other in ("127.0.0.2", "0.0.0.0" if pair.address_b.host != "0.0.0.0" else ""):
-        if other == "0.0.0.0":
-            continue  # means the loopback address to a client
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((other, pair.address_b.port), timeout=5)
+    socket.create_connection(("127.0.0.1", pair.address_b.port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", pair.address_b.port), timeout=5)
 
 
 def test_it_neither_imports_torch_nor_holds_much(pair: Pair) -> None:
@@ -534,10 +578,11 @@ def test_it_neither_imports_torch_nor_holds_much(pair: Pair) -> None:
     assert anonymous_kib < 64 * 1024
 
 
-def test_idle_connections_are_taken_up_again(pair: Pair) -> None:
-    """The agent was replaced at another port behind the same proxy address: the old connection is dead."""
-    assert pair.client_b.ping()["pid"] == pid_of(pair.address_b)
-    for wire in pair.client_b._idle:
-        wire._connection.shutdown(socket.SHUT_RDWR)
-    time.sleep(0)
-    assert pair.client_b.ping()["host"] == HERE
+def test_a_connection_that_was_closed_meanwhile_is_made_anew(pair: Pair, proxies, clients) -> None:
+    proxy = proxies(pair.address_b)
+    client = clients(proxy.address)
+    assert client.ping() == client.ping()
+    assert proxy.num_connections == 1
+    proxy.drop()
+    assert client.ping()["host"] == HERE
+    assert proxy.num_connections == 2

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from tests.rank_pool import RankPool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hypershard.checkpoint.durable import DurableTier
 from hypershard.checkpoint.hf import Export, export_hf, load_hf_weights
-from hypershard.checkpoint.local import LocalTier
+from hypershard.checkpoint.lineage import Lineage
+from hypershard.checkpoint.manifest import Place, StoredCheckpoint
 from hypershard.checkpoint.snapshot import take_snapshot
+from hypershard.checkpoint.stores import DiskStore
 from hypershard.config.schema import ModelConfig
 from hypershard.errors import CheckpointError
 from hypershard.models.family import family_of
@@ -55,10 +58,12 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def checkpoint_of(model: Any, directory: Path) -> Path:
+def checkpoint_of(model: Any, directory: Path) -> StoredCheckpoint:
     tensors = {f"model/{name}": tensor for name, tensor in parameters(model).items()}
     tensors |= {f"optimizer/exp_avg/{name}": torch.ones_like(tensor) for name, tensor in parameters(model).items()}
-    return Path(LocalTier(directory).save(1, take_snapshot(tensors), {}).location)
+    tier = DurableTier(Place(DiskStore(directory)))
+    tier.save(1, take_snapshot(tensors), {}, Lineage(1, "first"))
+    return tier.place.finished()[0]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -154,7 +159,7 @@ def test_export_refuses_damage_and_a_full_directory(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(model, tmp_path / "run")
     with pytest.raises(CheckpointError, match="exists already"):
         export_hf(checkpoint, tmp_path / "run", hf_config)
-    data = checkpoint / "__0_0.distcp"
+    data = Path(checkpoint.location) / "__0_0.distcp"
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)

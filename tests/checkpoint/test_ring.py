@@ -61,7 +61,7 @@ def test_addresses() -> None:
     assert own_address("localhost") in ("127.0.0.1", "::1")
     assert interface_address("lo") == "127.0.0.1"
     assert interface_address("nosuch0, lo") == "127.0.0.1"
-    with pytest.raises(StorageError, match="no way to nosuch.invalid"):
+    with pytest.raises(StorageError, match="no way to nosuch"):
         own_address("nosuch.invalid")
     names = [name for _, name in socket.if_nameindex()]
     with pytest.raises(StorageError, match=f"'nosuch0'.*{names[0]}.*GLOO_SOCKET_IFNAME"):

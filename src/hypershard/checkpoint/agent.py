@@ -40,7 +40,7 @@ from ..log import logger
 from .agent_client import ADDRESS_FILE, LOCK_FILE, LOCK_SECONDS, LOG_FILE, AgentAddress, AgentClient
 from .blob import HEAD_BYTES, blob_bytes, read_table
 from .copies import Offer, OpenBlob, choose_slot, held_blobs, open_blob, receive, reserve
-from .wire import IDLE_SECONDS, Wire, WireError, admit
+from .wire import IDLE_SECONDS, Wire, WireClosed, WireError, admit
 
 FINISH_SECONDS = 5.0  # for writes under way when the job ends
 _KEEP_SECONDS = 15.0  # an idle connection; a new one costs a millisecond
@@ -151,7 +151,15 @@ class Agent:
         with self._lock:
             self._num_connections += 1
             self._num_strangers += 1
-        threading.Thread(target=self._serve, args=(connection, where[0]), daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(connection, where[0]), daemon=True).start()
+        except RuntimeError as error:  # the machine's limit of threads; others may end
+            logger.warning(f"{where[0]} is sent away: {error}")
+            connection.close()
+            with self._lock:
+                self._num_connections -= 1
+                self._num_strangers -= 1
+            time.sleep(0.01)
 
     def _serve(self, connection: socket.socket, where: str) -> None:
         try:
@@ -163,8 +171,10 @@ class Agent:
                 self._wake()
             while wire.has_more(within_seconds=_KEEP_SECONDS):
                 self._next_request(wire)
+        except WireClosed:
+            pass  # as clients do when they are done
         except WireError as error:
-            logger.info(f"{where} {error}")
+            logger.warning(f"{where} {error}")
         except Exception:
             logger.exception(f"a request of {where} failed")
         finally:
@@ -218,8 +228,7 @@ class Agent:
             if self._ending:
                 os.close(watched)
                 raise StorageError(f"this agent is about to go: {self._ending}")
-            before, self._watched = self._watched, watched
-        os.close(before)
+            self._watched = watched  # the old one stays open: its number, used again, would pass for it in `run`
         self._wake()
         logger.info(f"watches process {pid}")
         return {}
@@ -244,7 +253,11 @@ class Agent:
                 if slot is None:
                     return {"held": True}
                 wire.send({"held": False})
-                receive(wire, slot, offer)
+                with wire.still_working():  # much may be under way when the sender has handed all to its kernel
+                    receive(wire, slot, offer)
+        except WireError as error:
+            logger.warning(f"the copy of rank {offer.rank}, step {offer.step}, was cut off: its sender {error}")
+            raise
         finally:
             lock.release()
         return {}
@@ -287,10 +300,10 @@ class Agent:
             wire.send({"size_bytes": found})
             wire.send_file(file, offset=offset, size_bytes=found)
 
-    def _stop(self, _wire: Wire, _request: Mapping[str, Any]) -> dict[str, Any]:
+    def _stop(self, wire: Wire, _request: Mapping[str, Any]) -> None:
+        wire.send({})  # later nobody may be there to send it
         self._ending = "it was asked to"
         self._wake()
-        return {}
 
 
 def main() -> int:

@@ -96,20 +96,20 @@ def _index(item: Item) -> MetadataIndex:
 
 def _plan(items: tuple[Item, ...]) -> SavePlan:
     """What the rank that wrote these items planned to save."""
-    return SavePlan(
-        [
-            WriteItem(
-                _index(item),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)),
-                    TensorProperties(dtype=_dtype(item)),
-                    torch.Size(item.shape),
-                ),
-            )
-            for item in items
-        ]
-    )
+    writes = [
+        WriteItem(
+            _index(item),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(
+                ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)),
+                TensorProperties(dtype=_dtype(item)),
+                torch.Size(item.shape),
+            ),
+        )
+        for item in items
+    ]
+    # What torch notes of a flat state dict: each name is its own path.
+    return SavePlan(writes, planner_data={item.name: (item.name,) for item in items})
 
 
 def _dtype(item: Item) -> torch.dtype:

@@ -1,11 +1,12 @@
 """What differs between two checkpoints: facts, tensors, values; read with bounded memory, whatever their sizes.
 
-Boxes whose files have the same sums are equal unread. Of the others, one box of each side is in memory at a time (a
+Boxes in blocks of the same sums are equal unread. Of the others, one box of each side is in memory at a time (a
 rank's shard of one tensor), and some blocks of each side's files.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from ..errors import DamagedCheckpoint
 from .dcp_format import Place, decode_saved, places_of
 from .manifest import Manifest, StoredCheckpoint
 from .metadata import read_metadata
-from .sums import Source, read_verified
+from .sums import BLOCK_BYTES, Source, num_blocks, read_verified
 from .transfer import Progress
 
 _KEPT_BLOCKS = 16  # of each side: 512 MiB
@@ -29,9 +30,10 @@ _SLICE_ELEMENTS = 2**21  # compared at once, in float64
 
 @dataclass
 class ValueDifference:
-    """Over the elements compared: how many differ, and by how much at most.
+    """Over the elements compared: how many differ, and by how much.
 
-    NaN equals NaN. `max_relative` is |a - b| / max(|a|, |b|); NaN or infinity on one side alone counts as infinite.
+    NaN equals NaN. `max_relative` is the largest |a - b| / max(|a|, |b|) of an element; NaN or infinity on one side
+    alone counts as infinite.
     """
 
     num_elements: int
@@ -39,6 +41,16 @@ class ValueDifference:
     num_differing: int = 0
     max_absolute: float = 0.0
     max_relative: float = 0.0
+    squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # sums of those of a, b, a - b
+
+    @property
+    def relative(self) -> float:
+        """Of the tensor as a whole, where an element near zero that changed its sign counts for little.
+
+        The length of a - b over that of the longer of a and b.
+        """
+        longest = max(self.squares[:2])
+        return math.sqrt(self.squares[2] / longest) if longest else (math.inf if self.squares[2] else 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,9 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`facts` maps a fact's dotted name to its two values (None: not there)."""
+    """`facts` maps the dotted name of a fact that differs to its two values as JSON (None: not there)."""
 
-    facts: dict[str, tuple[Any, Any]]
+    facts: dict[str, tuple[str | None, str | None]]
     only: tuple[tuple[str, ...], tuple[str, ...]]
     tensors: tuple[TensorDifference, ...]
     num_equal_unread: int
@@ -83,12 +95,9 @@ class Side:
     def __post_init__(self) -> None:
         self.metadata: Metadata = read_metadata(self.stored, self.manifest)
         self.places = places_of(self.metadata)
-        self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
-
-    @property
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
         stored = self.metadata.state_dict_metadata.items()
-        return {name: entry for name, entry in stored if isinstance(entry, TensorStorageMetadata)}
+        self.tensors = {name: entry for name, entry in stored if isinstance(entry, TensorStorageMetadata)}
+        self._blocks: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def boxes(self, name: str) -> list[Box]:
         return [
@@ -167,23 +176,26 @@ def _layout(entry: TensorStorageMetadata) -> str:
     return f"{tuple(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}"
 
 
-def differing_facts(one: Side, other: Side) -> dict[str, tuple[Any, Any]]:
+def differing_facts(one: Side, other: Side) -> dict[str, tuple[str | None, str | None]]:
     flat = [dict(_flat("", side.stored.facts(side.manifest))) for side in (one, other)]
     names = sorted(flat[0].keys() | flat[1].keys())
     pairs = {name: (flat[0].get(name), flat[1].get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(f"{name}.{key}" if name else str(key), inner)
     else:
-        yield name, value
+        yield name, json.dumps(value)
 
 
 def _same_bytes(one: Side, other: Side, name: str) -> bool:
-    """Whether all boxes of a tensor are the same ranges of files with the same sums."""
+    """Whether all boxes of a tensor lie in the same ranges of blocks with the same sums.
+
+    A block that differs has the same CRC32C once in four billion times.
+    """
     if _layout(one.tensors[name]) != _layout(other.tensors[name]):
         return False
     return _fingerprint(one, name) == _fingerprint(other, name)
@@ -193,7 +205,10 @@ def _fingerprint(side: Side, name: str) -> set[tuple[Any, ...]]:
     boxes: set[tuple[Any, ...]] = set()
     for box in side.boxes(name):
         place: Place = side.places[box.index]
-        boxes.add((box.offsets, box.sizes, place.offset, place.size_bytes, side.manifest.files[place.file]))
+        file = side.manifest.files[place.file]
+        first, end = place.offset // BLOCK_BYTES, num_blocks(place.offset + place.size_bytes)
+        end_bytes = min(end * BLOCK_BYTES, file.size_bytes)
+        boxes.add((box.offsets, box.sizes, place.offset, place.size_bytes, end_bytes, file.blocks[first:end]))
     return boxes
 
 
@@ -221,9 +236,7 @@ def _compare_values(one: Side, other: Side, values: Mapping[str, ValueDifference
 
 def _common(one: Box, other: Box) -> Box | None:
     starts = tuple(map(max, one.offsets, other.offsets))
-    ends = [
-        min(a + m, b + n) for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    ]
+    ends = [min(a + m, b + n) for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)]
     sizes = tuple(end - start for start, end in zip(starts, ends, strict=True))
     return Box(one.index, starts, sizes) if all(size > 0 for size in sizes) else None
 
@@ -246,6 +259,8 @@ def _add_slice(total: ValueDifference, a: torch.Tensor, b: torch.Tensor) -> None
     # Whole numbers are compared as such: float64 does not hold all of 64 bits.
     is_whole = not (a.is_floating_point() or b.is_floating_point())
     differs = a != b if is_whole else (wide_a != wide_b) & ~(wide_a.isnan() & wide_b.isnan())
+    for side, wide in enumerate((wide_a, wide_b)):
+        total.squares[side] += float(wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).square().sum())
     num_differing = int(differs.sum())
     if not num_differing:
         return
@@ -253,5 +268,6 @@ def _add_slice(total: ValueDifference, a: torch.Tensor, b: torch.Tensor) -> None
     wide_a, wide_b = wide_a[differs], wide_b[differs]
     absolute = (wide_a - wide_b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     relative = absolute / torch.maximum(wide_a.abs(), wide_b.abs())
+    total.squares[2] += float(absolute.square().sum())
     total.max_absolute = max(total.max_absolute, float(absolute.max()))
     total.max_relative = max(total.max_relative, float(relative.nan_to_num(nan=math.inf, posinf=math.inf).max()))

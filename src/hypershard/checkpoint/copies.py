@@ -107,11 +107,12 @@ def open_blob(root: Path, path: str) -> BinaryIO:
 
 
 def held_blobs(root: Path) -> list[tuple[str, int]]:
-    """Path from `root` and size in bytes of every file that may hold a blob."""
+    """Path from `root` and size in bytes of every file that may hold a blob and is behind no symbolic link."""
     found = []
+    root = root.resolve()
     for path in sorted(root.glob("*/rank-*/*")):
         relative = path.relative_to(root).as_posix()
-        if BLOB_PATH.fullmatch(relative) and path.is_file() and not path.is_symlink():
+        if BLOB_PATH.fullmatch(relative) and path.is_file() and path.resolve() == root / relative:
             found.append((relative, path.stat().st_size))
     return found
 
@@ -132,7 +133,7 @@ def reserve(root: Path, copies: Mapping[int, int]) -> None:
     free = shutil.disk_usage(root).free + sum(_size(path) or 0 for path in missing if _table(path) is None)
     if needed > free:
         old = [path for rank in copies for path in rank_folder(root, COPIES, rank).glob("slot-*")]
-        aside = sum(_size(path) or 0 for path in old if path in missing or path.name not in _CURRENT)
+        aside = sum(path.stat().st_size for path in old if path in missing or path.name not in _CURRENT if _table(path))
         kept = f" ({format_bytes(aside)} hold copies of an earlier start)" if aside else ""
         raise StorageError(
             f"copies of other nodes' checkpoints need {format_bytes(needed)} more shared memory in {root}, found "

@@ -68,7 +68,8 @@ class DurableTier:
 
     def save(self, step: int, snapshot: Snapshot, facts: Mapping[str, Any], lineage: Lineage) -> CheckpointRecord:
         """Write a checkpoint. Raises StorageError or CheckpointError and leaves older checkpoints as they were."""
-        stored = self.peers.on_main(lambda: self._new_folder(step))
+        attempt = self.peers.on_main(lambda: self._new_folder(step))
+        stored = StoredCheckpoint(self.store, folder_name(step, attempt), step, attempt, {})
         try:
             try:
                 plan, metadata = self._plan(snapshot.plan)
@@ -85,17 +86,16 @@ class DurableTier:
             raise
         return CheckpointRecord(step, stored.location, stored.attempt, lineage)
 
-    def _new_folder(self, step: int) -> StoredCheckpoint:
-        """A fresh folder for `step`. Torn ones of earlier crashes go first: only one save runs at a time here."""
+    def _new_folder(self, step: int) -> int:
+        """Make a fresh folder for `step` and return its attempt. Torn ones of earlier crashes go first: only one save runs at a time here."""
         existing = self.place.stored()
         for torn in existing:
             if not torn.is_finished:
                 logger.info(f"removing the unfinished checkpoint {torn.location}")
                 self.store.remove(torn.folder)
         attempt = 1 + max((one.attempt for one in existing if one.step == step), default=0)
-        folder = folder_name(step, attempt)
-        self.store.make(folder)
-        return StoredCheckpoint(self.store, folder, step, attempt, {})
+        self.store.make(folder_name(step, attempt))
+        return attempt
 
     def _plan(self, plan: SavePlan) -> tuple[SavePlan, Metadata]:
         """What this rank writes, and the layout; planned with the other ranks when it is not as last time."""
@@ -139,11 +139,12 @@ class DurableTier:
 
     def _stored(self, record: CheckpointRecord) -> StoredCheckpoint:
         folder = folder_name(record.step, record.attempt)
-        return StoredCheckpoint(self.store, folder, record.step, record.attempt, self.store.contents().get(folder, {}))
+        files = self.peers.on_main(lambda: self.store.contents().get(folder, {}))
+        return StoredCheckpoint(self.store, folder, record.step, record.attempt, files)
 
     def verify(self, record: CheckpointRecord) -> None:
         """Read every byte once, the files spread over the ranks; then the layout, which must be one."""
-        stored = self.peers.on_main(lambda: self._stored(record))
+        stored = self._stored(record)
         manifest = self.peers.on_main(stored.manifest)
         by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
         own = by_size[self.peers.rank :: self.peers.size]
@@ -153,7 +154,7 @@ class DurableTier:
         self.peers.on_main(lambda: (read_metadata(stored, manifest), stored.facts(manifest), None)[2])
 
     def load(self, record: CheckpointRecord, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        stored = self.peers.on_main(lambda: self._stored(record))
+        stored = self._stored(record)
         manifest = self.peers.on_main(stored.manifest)
 
         def read() -> None:

@@ -126,8 +126,7 @@ def blobs_below(root: Path, *, tier: str, run: str) -> NodeBlobs:
         if table is not None and table.job == run:
             held.setdefault((table.lineage, table.step), []).append(Blob(path, table))
     sets = [
-        BlobSet(tier, run, lineage, step, tuple(blobs))
-        for (lineage, step), blobs in sorted(held.items(), reverse=True)
+        BlobSet(tier, run, lineage, step, tuple(blobs)) for (lineage, step), blobs in sorted(held.items(), reverse=True)
     ]
     return NodeBlobs(tuple(sets), tuple(damage))
 

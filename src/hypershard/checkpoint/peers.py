@@ -1,13 +1,15 @@
 """The ranks that write one checkpoint together, and how a failure of one becomes the same error on all.
 
 A collective that only some ranks reach hangs the job, so whatever a rank does between two of them runs inside
-`together` or `on_main`, which carry the outcome, good or bad, to everyone.
+`together` or `on_main`, which carry the outcome, good or bad, to everyone. (Ranks of one job trust each other as
+torch.distributed does: what they tell each other is pickled. Nothing from a file or another node's agent is.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,17 +52,24 @@ class Peers:
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Every rank does `action`; every rank gets all results in rank order, or raises what any of them met."""
-        result, error = _attempt(action)
-        outcomes = self._gather((result, self._failure(error)))
-        _raise_failures([failure for _, failure in outcomes if failure is not None], error)
-        return [value for value, _ in outcomes]  # type: ignore[misc]
+        if self.size == 1:
+            result, error = _attempt(action)
+            _raise_failures([self._failure(error)], error)
+            return [result]  # type: ignore[list-item]
+        content, error = _attempt(lambda: pickle.dumps(action()))
+        outcomes = self._gather((content, self._failure(error)))
+        _raise_failures([failure for _, failure in outcomes], error)
+        return [pickle.loads(content) for content, _ in outcomes if content is not None]
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Rank 0 does `action`; every rank gets its result, or raises what it met."""
-        result, error = _attempt(action) if self.is_main else (None, None)
-        result, failure = self._from_main((result, self._failure(error)))
-        _raise_failures([failure] if failure is not None else [], error)
-        return result  # type: ignore[return-value]
+        if self.size == 1:
+            return self.together(action)[0]
+        # Made bytes within the attempt: what cannot be sent must fail as any action does, on all ranks.
+        content, error = _attempt(lambda: pickle.dumps(action())) if self.is_main else (None, None)
+        content, failure = self._from_main((content, self._failure(error)))
+        _raise_failures([failure], error)
+        return pickle.loads(content)  # type: ignore[arg-type, no-any-return]
 
     def _failure(self, error: Exception | None) -> _Failure | None:
         if error is None:
@@ -72,16 +81,12 @@ class Peers:
         return _Failure(self.rank, kind, f"{type(error).__name__}: {error}")
 
     def _gather(self, value: T) -> list[T]:
-        if self.size == 1:
-            return [value]
         gathered: list[T] = [value] * self.size
         with _lost_peers():
             dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
     def _from_main(self, value: T) -> T:
-        if self.size == 1:
-            return value
         holder = [value]
         with _lost_peers():
             dist.broadcast_object_list(holder, group=self.group, group_src=0)
@@ -107,7 +112,8 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _raise_failures(failures: list[_Failure], own: Exception | None) -> None:
+def _raise_failures(outcomes: Sequence[_Failure | None], own: Exception | None) -> None:
+    failures = [failure for failure in outcomes if failure is not None]
     if not failures:
         return
     same = len({failure.text for failure in failures}) == 1

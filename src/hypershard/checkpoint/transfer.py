@@ -84,10 +84,10 @@ def in_parallel(tasks: Sequence[Callable[[], None]], *, num_threads: int, progre
         try:
             if wait(started, return_when=FIRST_EXCEPTION).not_done:
                 raise Stopped
-        except BaseException as error:  # one of them failed, or an interrupt
+        except BaseException as reason:  # one of them failed, or an interrupt
             progress.stop.set()
             pool.shutdown(cancel_futures=True)
-            if not isinstance(error, Stopped):
+            if not isinstance(reason, Stopped):
                 raise
     errors = [error for one in started if not one.cancelled() and (error := one.exception()) is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
@@ -119,7 +119,7 @@ def destination_store(text: str) -> Store:
     """The store meant by a DESTINATION: a new or existing folder or prefix, or a run directory with `checkpoints/`."""
     place = find_place(text)
     if place.folder is not None:
-        raise CheckpointError(f"DESTINATION {text} names one checkpoint; expected the folder or prefix that is to hold it")
+        raise CheckpointError(f"DESTINATION {text} names one checkpoint; expected the folder or prefix to hold it")
     return place.store
 
 
@@ -135,7 +135,7 @@ def existing_at(target: Store, step: int, is_same: Callable[[Manifest], bool]) -
         if is_same(found) and not any(stored.wrong_size(found, name) for name in found.files):
             return stored
         raise CheckpointError(
-            f"{stored.location} is there already and is another checkpoint (start {found.lineage.generation}, saved "
+            f"{stored.location} is there already and is not the same (start {found.lineage.generation}, saved "
             f"{found.saved_at}); nothing is copied over it: give another DESTINATION or delete it"
         )
     return None
@@ -143,7 +143,7 @@ def existing_at(target: Store, step: int, is_same: Callable[[Manifest], bool]) -
 
 @contextlib.contextmanager
 def new_folder(target: Store, step: int) -> Iterator[str]:
-    """A fresh folder for `step`, gone again when the block raises. What was left unfinished of that step is replaced."""
+    """A fresh folder for `step`, gone again when the block raises. What was left unfinished of it is replaced."""
     for stored in stored_checkpoints(target):
         if stored.step == step and not stored.is_finished:
             logger.warning(f"{stored.location} was left unfinished and is replaced")
@@ -158,7 +158,9 @@ def new_folder(target: Store, step: int) -> Iterator[str]:
         raise
 
 
-def copy_checkpoint(stored: StoredCheckpoint, manifest: Manifest, target: Store, progress: Progress) -> StoredCheckpoint:
+def copy_checkpoint(
+    stored: StoredCheckpoint, manifest: Manifest, target: Store, progress: Progress
+) -> StoredCheckpoint:
     """Copy one checkpoint to `target`, its files in parallel, its manifest unchanged and last.
 
     Raises DamagedCheckpoint when a block is not as saved, StorageError when a place refuses; then nothing stays there.

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 
 IDLE_SECONDS = 30.0  # far above any pause of a healthy network, far below a person's patience
 GREETING_SECONDS = 10.0  # for the whole greeting
-WORKING_SECONDS = 0.5  # how often an agent says that it is still at work; time-outs must be longer
+_WORKING_SECONDS = 2.0  # how often an agent says that it is still at work, or thrice in a shorter time-out
 MAX_HEADER_BYTES = 2**20  # the list of all blobs of a node of 1000 ranks fits
 PIECE_BYTES = 2**20  # handed from hand to hand while still in the processor's cache
 _MAGIC = b"HSAGENT1"
@@ -124,10 +124,11 @@ class Wire:
     def still_working(self) -> Iterator[None]:
         """Tell the other side now and then that the answer is being made. Nothing else may be sent meanwhile."""
         done = threading.Event()
+        pause_seconds = min(_WORKING_SECONDS, self._timeout_seconds / 3)
 
         def tell() -> None:
             with contextlib.suppress(WireError):  # whoever sends the answer will notice
-                while not done.wait(WORKING_SECONDS):
+                while not done.wait(pause_seconds):
                     self.send({"working": True})
 
         teller = threading.Thread(target=tell, daemon=True)

@@ -1,39 +1,50 @@
-"""`hypershard checkpoint list|verify|export`: what was saved, whether it is whole, and out of it as a model."""
+"""`hypershard checkpoint VERB PLACE`: what was saved, whether it is whole, and what becomes of it."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TypeAlias
 
-from ..checkpoint.manifest import (
-    checkpoint_directory,
-    complete_checkpoints,
-    damage_of,
-    is_finished,
-    read_facts,
-    read_manifest,
-    step_directories,
-)
-from ..checkpoint.tier import CheckpointRecord
+from ..checkpoint.manifest import existing_place
+from ..checkpoint.survey import Superfluous, superfluous, survey
 from ..errors import CheckpointError
 from ..log import logger
 from ..storage import local_path
 from ..units import format_bytes
+from .checkpoint_diff import diff_checkpoints
+from .checkpoint_list import list_checkpoints
+from .checkpoint_memory import prune_memory
+from .checkpoint_places import chosen
+from .checkpoint_transfer import copy, verify
+
+Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _DESCRIPTION = """\
-Look after the checkpoints of a run. PLACE is a run directory, its checkpoints/, or one step-XXXXXXXX in it.
+Look after the checkpoints of a run. PLACE is a run directory, its checkpoints/, one step-XXXXXXXX in it, or an
+s3://bucket/prefix of the same. Of a run, list and verify also show what lies in this node's memory, on its own disk
+and in the run's bucket, as its config.yaml names them.
 
-  list     one line per checkpoint; compares file sizes, so it is quick
+  list     one line per checkpoint; compares names and sizes, so it is quick
   verify   read every byte and compare it with the manifest; exit code 2 if anything differs
+  copy     take one checkpoint to another disk or bucket, verified on the way
+  prune    delete all but the newest; with --memory, what earlier runs left in this node's memory
+  diff     what differs between two checkpoints, down to the values; exit code 0 equal, 1 different
   export   write the weights as a Hugging Face model directory, for serving or further training elsewhere
 """
 _EPILOG = """\
 examples:
   hypershard checkpoint list runs/demo
-  hypershard checkpoint verify runs/demo --step 60
+  hypershard checkpoint verify s3://bucket/demo --step 60
+  hypershard checkpoint copy runs/demo s3://bucket/demo
+  hypershard checkpoint copy runs/demo /mnt/shared/demo --from memory
+  hypershard checkpoint prune runs/demo --keep 2 --keep_every 1000 --dry_run
+  hypershard checkpoint prune --memory
+  hypershard checkpoint diff runs/demo@40 runs/demo@60 --tensors 'model/*'
   hypershard checkpoint export runs/demo --output models/demo --dtype bfloat16
 """
+_PLACE = "run directory, checkpoint directory, one step's directory, or an s3:// URI of one"
+_NEWEST = "only the checkpoint of this step; default: the one that a resume would take"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,103 +55,144 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|export")
-    for name, text in (
-        ("list", "show all checkpoints, newest first"),
-        ("verify", "check every byte"),
-        ("export", "write a Hugging Face model directory"),
-    ):
-        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        action.add_argument(
-            "place", metavar="PLACE", help="run directory, checkpoint directory, or one step's directory"
-        )
-        if name != "list":
-            default = "all" if name == "verify" else "the newest"
-            action.add_argument(
-                "--step", type=int, metavar="N", help=f"only the checkpoint of this step; default: {default}"
-            )
-        if name == "export":
-            action.add_argument("--output", required=True, metavar="DIR", help="new directory of the model")
-            action.add_argument(
-                "--dtype",
-                choices=("bfloat16", "float32"),
-                default="bfloat16",
-                help="of the weights; default: %(default)s",
-            )
-            action.add_argument(
-                "--tokenizer",
-                metavar="PATH",
-                help="tokenizer.json or its folder, to put beside the weights; default: the run's own",
-            )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|copy|prune|diff|export")
+    action = _action(actions, "list", "show everything that was saved, in the order in which a resume would take it")
+    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("--json", action="store_true", help="print it as JSON, for programs")
+    action = _action(actions, "verify", "check every byte; exit code 2 if anything is damaged")
+    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("--step", type=int, metavar="N", help="only the checkpoints of this step; default: all")
+    _add_copy(actions)
+    _add_prune(actions)
+    _add_diff(actions)
+    _add_export(actions)
     return parser
 
 
+def _action(actions: Actions, name: str, text: str) -> argparse.ArgumentParser:
+    return actions.add_parser(name, help=text.partition(";")[0], description=text, allow_abbrev=False)
+
+
+def _add_copy(actions: Actions) -> None:
+    text = (
+        "take one checkpoint to another disk or bucket; every block is verified on the way, the manifest goes last and "
+        "unchanged, and nothing finished is ever overwritten. The run's id, config.yaml and tokenizer go along"
+    )
+    action = _action(actions, "copy", text)
+    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument(
+        "destination", metavar="DESTINATION", help="folder, run directory or s3://bucket/prefix that is to hold it"
+    )
+    action.add_argument("--step", type=int, metavar="N", help=_NEWEST)
+    action.add_argument(
+        "--from",
+        dest="tier",
+        choices=("memory", "local"),
+        help="put it together from the blobs in this node's memory, or on its own disk; all parts must be on this node",
+    )
+
+
+def _add_prune(actions: Actions) -> None:
+    text = (
+        "delete all but the newest checkpoints; with --memory, show what runs hold in this node's memory and, with "
+        "--yes, delete what nobody needs: no living process (that is seen from here; one in another container may not "
+        "be) has it mapped, no agent serves it, and it was not touched for an hour"
+    )
+    action = _action(actions, "prune", text)
+    action.add_argument("place", metavar="PLACE", nargs="?", help=_PLACE)
+    action.add_argument("--keep", type=_positive, metavar="K", help="newest complete checkpoints that stay")
+    action.add_argument("--keep_every", type=_positive, metavar="N", help="multiples of N steps stay too")
+    action.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
+    action.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="delete unfinished and damaged ones too; not while a job runs, which may be writing one",
+    )
+    action.add_argument("--memory", action="store_true", help="this node's memory instead of a PLACE")
+    action.add_argument("--memory_tier_dir", metavar="DIR", help="with --memory: default as in training")
+    action.add_argument("--run", action="append", metavar="ID", help="with --memory: only this run, however recent")
+    action.add_argument("--yes", action="store_true", help="with --memory: delete, not just show")
+
+
+def _add_diff(actions: Actions) -> None:
+    text = (
+        "show what differs between two checkpoints; exit code 0 equal, 1 different, 2 if one cannot be read. Of each "
+        "tensor whose values differ: the length of the difference relative to the tensor's, by which they are sorted, "
+        "then the largest relative and absolute difference of an element, and how many differ"
+    )
+    action = _action(actions, "diff", text)
+    for name in ("A", "B"):
+        action.add_argument(name.lower(), metavar=name, help="PLACE (its newest checkpoint) or PLACE@STEP")
+    action.add_argument("--tensors", metavar="PATTERN", help="only tensors of such names ('model/*'), and no facts")
+    action.add_argument("--no_values", action="store_true", help="compare names, shapes and dtypes only")
+
+
+def _add_export(actions: Actions) -> None:
+    action = _action(actions, "export", "write a Hugging Face model directory")
+    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("--step", type=int, metavar="N", help=_NEWEST)
+    action.add_argument("--output", required=True, metavar="DIR", help="new directory of the model")
+    action.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; default: %(default)s"
+    )
+    action.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.json or its folder, to put beside the weights; default: the run's own",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
 def run(argv: Sequence[str]) -> int:
-    """Do what the arguments say; 0 when done. Raises CheckpointError and StorageError."""
+    """Do what the arguments say; 0 when done, 1 if `diff` found a difference. Raises CheckpointError, StorageError."""
     args = build_parser().parse_args(argv)
-    actions = {"list": _list, "verify": _verify, "export": _export}
-    return actions[args.action](args)
+    if args.action == "list":
+        return list_checkpoints(args.place, as_json=args.json)
+    if args.action == "verify":
+        return verify(args.place, step=args.step)
+    if args.action == "copy":
+        return copy(args.place, args.destination, step=args.step, tier=args.tier)
+    if args.action == "diff":
+        return diff_checkpoints((args.a, args.b), pattern=args.tensors, with_values=not args.no_values)
+    return _prune(args) if args.action == "prune" else _export(args)
 
 
-def _list(args: argparse.Namespace) -> int:
-    directory = _directory(args)
-    records = step_directories(directory) or complete_checkpoints(directory)
-    if not records:
-        raise CheckpointError(f"{directory}: found no checkpoint (a directory named step-XXXXXXXX)")
-    print(_row("step", "saved", "size", "ranks", "torch", "state"))
-    for record in records:
-        print(_describe(record))
+def _prune(args: argparse.Namespace) -> int:
+    if args.memory:
+        if args.place is not None or args.keep is not None or args.keep_every is not None or args.unfinished:
+            raise CheckpointError("prune --memory takes no PLACE, --keep, --keep_every or --unfinished")
+        if args.dry_run and args.yes:
+            raise CheckpointError("prune --memory: found both --dry_run and --yes, expected one of them")
+        return prune_memory(args.memory_tier_dir, runs=args.run, delete=args.yes)
+    if args.memory_tier_dir is not None or args.run is not None or args.yes:
+        raise CheckpointError("--memory_tier_dir, --run and --yes belong to prune --memory")
+    if args.place is None or args.keep is None:
+        raise CheckpointError("prune takes a PLACE and --keep K, or --memory")
+    place = existing_place(args.place)
+    if place.folder is not None:
+        raise CheckpointError(f"{args.place} is one checkpoint; expected the folder that holds all of a run")
+    found = survey(place)
+    gone = superfluous(found, keep=args.keep, keep_every=args.keep_every, with_broken=args.unfinished)
+    for one in gone:
+        if not args.dry_run:
+            place.store.remove(one.found.stored.folder)
+        print(_removed(one, dry_run=args.dry_run))
+    for broken in (one for one in found if not one.is_complete and not args.unfinished):
+        print(f"left alone {broken.stored.location}: {broken.condition}; --unfinished deletes it")
+    freed = format_bytes(sum(one.found.size_bytes for one in gone))
+    num_kept = len(found) - len(gone)
+    print(f"{'would free' if args.dry_run else 'freed'} {freed} of {len(gone)} checkpoints; {num_kept} stay")
     return 0
 
 
-def _describe(record: CheckpointRecord) -> str:
-    step, directory = f"{record.step}" + (f".{record.attempt}" if record.attempt > 1 else ""), Path(record.location)
-    if not is_finished(record):
-        return _row(step, "-", "-", "-", "-", "unfinished: never used, removed by the next save")
-    try:
-        manifest = read_manifest(directory)
-    except CheckpointError as error:
-        return _row(step, "-", "-", "-", "-", f"damaged: {error}")
-    damage = [
-        text
-        for name, expected in manifest.files.items()
-        if (text := damage_of(directory / name, expected, checksum=False))
-    ]
-    state = f"damaged: {damage[0]}" if damage else "complete"
-    saved = manifest.saved_at.replace("T", " ").removesuffix("+00:00") + " UTC"
-    return _row(step, saved, format_bytes(manifest.size_bytes), manifest.world_size, manifest.torch_version, state)
-
-
-def _row(*cells: object) -> str:
-    step, saved, size, ranks, torch_version, state = map(str, cells)
-    return f"{step:>10}  {saved:<23}  {size:>10}  {ranks:>5}  {torch_version:<12}  {state}"
-
-
-def _verify(args: argparse.Namespace) -> int:
-    records = _chosen(args)
-    num_damaged = 0
-    for record in records:
-        damage = _damage(Path(record.location))
-        num_damaged += bool(damage)
-        print(f"{record.location}: {'; '.join(damage) if damage else 'valid'}")
-    if num_damaged:
-        raise CheckpointError(f"{num_damaged} of {len(records)} checkpoints are damaged")
-    return 0
-
-
-def _damage(directory: Path) -> list[str]:
-    """Every byte against the manifest, and the layout that torch needs; empty when all is as saved."""
-    try:
-        manifest = read_manifest(directory)
-        damage = [text for name, file in manifest.files.items() if (text := damage_of(directory / name, file))]
-        if not damage:
-            from ..checkpoint.metadata import read_metadata
-
-            read_metadata(directory, files=manifest.files)
-            read_facts(directory)
-    except CheckpointError as error:
-        return [str(error)]
-    return damage
+def _removed(one: Superfluous, *, dry_run: bool) -> str:
+    size = format_bytes(one.found.size_bytes)
+    return f"{'would delete' if dry_run else 'deleted'} {one.found.stored.location} ({size}): {one.reason}"
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -148,54 +200,28 @@ def _export(args: argparse.Namespace) -> int:
 
     from ..checkpoint.hf import Export, export_hf
     from ..config.schema import ModelConfig
+    from ..data.tokenizer import load_tokenizer
     from ..models.family import family_of
+    from .place import place_tokenizer
 
-    checkpoint = Path(_chosen(args)[0].location)
-    model = ModelConfig(**read_facts(checkpoint)["model"])
-    tokenizer_path, eos_token_id = _tokenizer(args, model.vocab_size)
     output = local_path(args.output, flag="--output")
-    export_hf(
-        checkpoint,
-        output,
-        family_of(model.model_type).hf_config(model),
-        export=Export(getattr(torch, args.dtype), tokenizer_path=tokenizer_path, eos_token_id=eos_token_id),
-    )
-    print(f"{output}: {model.model_type} in {args.dtype}, from {checkpoint}")
-    return 0
-
-
-def _tokenizer(args: argparse.Namespace, vocab_size: int | None) -> tuple[Path | None, int | None]:
-    from ..data.tokenizer import kept_tokenizer, load_tokenizer
-
-    given = local_path(args.tokenizer, flag="--tokenizer") if args.tokenizer else kept_tokenizer(_directory(args))
-    if given is None:
-        logger.warning("the run keeps no tokenizer and no --tokenizer is given: the model directory will have none")
-        return None, None
-    tokenizer = load_tokenizer(given)
-    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(
-            f"--tokenizer={given} has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
-            f"give the tokenizer it was trained with"
+    place = existing_place(args.place)
+    stored = chosen(survey(place), place.store.location, args.step).stored
+    model = ModelConfig(**stored.facts(stored.manifest())["model"])
+    with place_tokenizer(place, args.tokenizer) as given:
+        tokenizer = None if given is None else load_tokenizer(given)
+        if tokenizer is None:
+            logger.warning("the run keeps no tokenizer and no --tokenizer is given: the model directory will have none")
+        elif model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+            raise CheckpointError(
+                f"--tokenizer={given} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; "
+                f"give the tokenizer it was trained with"
+            )
+        export = Export(
+            getattr(torch, args.dtype),
+            tokenizer_path=tokenizer.path if tokenizer else None,
+            eos_token_id=tokenizer.eos_token_id if tokenizer else None,
         )
-    return tokenizer.path, tokenizer.eos_token_id
-
-
-def _directory(args: argparse.Namespace) -> Path:
-    path = local_path(args.place, flag="PLACE")
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; expected a run or checkpoint directory")
-    return checkpoint_directory(path)
-
-
-def _chosen(args: argparse.Namespace) -> list[CheckpointRecord]:
-    directory = _directory(args)
-    records = complete_checkpoints(directory)
-    if not records:
-        raise CheckpointError(f"{directory}: found no finished checkpoint")
-    if args.step is None:
-        return records
-    chosen = [record for record in records if record.step == args.step]
-    if not chosen:
-        steps = ", ".join(str(record.step) for record in records)
-        raise CheckpointError(f"--step={args.step}: {directory} has steps {steps}")
-    return chosen
+        export_hf(stored, output, family_of(model.model_type).hf_config(model), export=export)
+    print(f"{output}: {model.model_type} in {args.dtype}, from {stored.location}")
+    return 0

@@ -130,7 +130,7 @@ class S3:
         num_aborted = 0
         for page in self._pages(_LIST_UPLOADS, prefix, deadline):
             for entry in page.get("Uploads", []):
-                abort_upload(self._requests, S3Uri(prefix.bucket, entry["Key"]), entry["UploadId"], deadline)
+                abort_upload(self._requests, prefix.bucket, entry["Key"], entry["UploadId"], deadline)
                 num_aborted += 1
         return num_aborted
 

@@ -57,20 +57,23 @@ class Requests:
 
         client = self._client()
         num_attempts = self.limits.num_attempts
+        failure: Exception | None = None
         for attempt in range(1, num_attempts + 1):
+            tried = f"gave up at attempt {attempt} of {num_attempts}, limit {deadline.limit_seconds:g} s: "
             deadline.check(doing)
             try:
                 return request(client)
             except (ClientError, BotoCoreError, HTTPError, OSError, Broken) as error:
-                if isinstance(error.__context__, StorageError):
-                    raise error.__context__ from None  # the time was up in the middle of a body
+                stop = error.__context__
+                if isinstance(stop, StorageError):  # the time was up in the middle of a body
+                    raise readable(doing, failure, tried) if failure else stop from failure
+                failure = error
                 if not is_passing(error):
                     raise readable(doing, error) from error
                 # A random wait keeps many ranks that failed together from coming back together.
                 step = self.limits.first_wait_seconds * 2 ** (attempt - 1)
                 seconds = random.uniform(0, min(step, self.limits.longest_wait_seconds))
                 if attempt == num_attempts or seconds >= deadline.remaining_seconds:
-                    tried = f"gave up at attempt {attempt} of {num_attempts}, limit {deadline.limit_seconds:g} s: "
                     raise readable(doing, error, tried) from error
                 logger.debug("%s: %s; attempt %d of %d", doing, type(error).__name__, attempt, num_attempts)
             pause(seconds)
@@ -90,7 +93,8 @@ def _make_client(limits: Limits) -> Any:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError as error:
-        raise StorageError(f"S3 needs the package {error.name}; found none: pip install 'boto3[crt]'") from error
+        message = f"S3 needs the package {error.name}; found none: pip install 'boto3[crt]'"
+        raise StorageError(message, shared_by_all_ranks=False) from error
 
     config = Config(
         connect_timeout=limits.connect_seconds,
@@ -109,5 +113,6 @@ def _make_client(limits: Limits) -> Any:
             # (0.7 GB/s on one core). TLS and CRC32C guard the body already; without TLS the SHA-256 stays.
             client = session.client("s3", config=config.merge(Config(s3={"payload_signing_enabled": False})))
     except (BotoCoreError, ValueError) as error:
-        raise StorageError(f"S3 cannot be used: {clean(error)}; {CREDENTIALS}, and {ENDPOINT[6:]}") from error
+        message = f"S3 cannot be used: {clean(error)}; {CREDENTIALS}; {ENDPOINT}"
+        raise StorageError(message, shared_by_all_ranks=False) from error
     return client

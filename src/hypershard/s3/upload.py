@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import threading
+import uuid
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -20,6 +20,7 @@ _LARGEST_PART_BYTES = 5 * 2**30
 # 10,000 parts are allowed: parts that double so often reach the largest object (5 TiB) from 5.2 MiB on.
 _PARTS_PER_SIZE = 1000
 _PARTS_AT_ONCE = 4
+_MARK = "hypershard-upload"  # metadata that tells an object of this upload from another one of the same name
 
 Buffer = bytes | bytearray | memoryview
 
@@ -35,6 +36,7 @@ class Upload(io.RawIOBase):
     def __init__(self, requests: Requests, uri: S3Uri, *, deadline: Deadline, part_bytes: int) -> None:
         self._requests, self._uri, self._deadline, self._part_bytes = requests, uri, deadline, part_bytes
         self._upload_id: str | None = None
+        self._mark = uuid.uuid4().hex
         self._stopped = threading.Event()
         self._pool: ThreadPoolExecutor | None = None
         self._running: set[Future[dict[str, Any]]] = set()
@@ -105,7 +107,7 @@ class Upload(io.RawIOBase):
             limits = self._requests.limits
             grace = Deadline.after(limits.connect_seconds + limits.read_seconds)
             try:
-                abort_upload(self._requests, self._uri, self._upload_id, grace)
+                abort_upload(self._requests, self._uri.bucket, self._uri.key, self._upload_id, grace)
             except (StorageError, OSError) as error:
                 logger.warning("an unfinished upload of %s stays in the bucket: %s", self._uri, error)
         super().close()
@@ -146,9 +148,15 @@ class Upload(io.RawIOBase):
         self._buffer, self._filled = memoryview(b""), 0
 
     def _start(self) -> None:
-        wanted = {"Bucket": self._uri.bucket, "Key": self._uri.key, "ChecksumAlgorithm": "CRC32C"}
         answer = self._requests.insist(
-            f"starting to write {self._uri}", lambda client: client.create_multipart_upload(**wanted), self._deadline
+            f"starting to write {self._uri}",
+            lambda client: client.create_multipart_upload(
+                Bucket=self._uri.bucket,
+                Key=self._uri.key,
+                ChecksumAlgorithm="CRC32C",
+                Metadata={_MARK: self._mark},
+            ),
+            self._deadline,
         )
         self._upload_id = answer["UploadId"]
         self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="s3-upload")
@@ -194,22 +202,19 @@ class Upload(io.RawIOBase):
                 self._deadline,
             )
         except Refusal as error:
-            if error.code != "NoSuchUpload" or not self._is_there(parts):
+            if error.code != "NoSuchUpload" or not self._is_there():
                 raise
 
-    def _is_there(self, parts: list[dict[str, Any]]) -> bool:
+    def _is_there(self) -> bool:
         """Whether an attempt to finish whose answer was lost had succeeded."""
-        wanted = {"Bucket": self._uri.bucket, "Key": self._uri.key, "ChecksumMode": "ENABLED"}
+        wanted = {"Bucket": self._uri.bucket, "Key": self._uri.key}
         try:
             found = self._requests.insist(
                 f"looking for {self._uri}", lambda client: client.head_object(**wanted), self._deadline
             )
         except FileNotFoundError:
             return False
-        # S3's sum of an object in parts is the sum of the parts' sums.
-        sums = b"".join(base64.b64decode(part["ChecksumCRC32C"]) for part in parts)
-        expected = f"{crc32c(memoryview(sums))}-{len(parts)}"
-        return (found["ContentLength"], found.get("ChecksumCRC32C", expected)) == (self._size_bytes, expected)
+        return bool(found["Metadata"].get(_MARK) == self._mark)
 
 
 def put_object(
@@ -229,11 +234,12 @@ def put_object(
     )
 
 
-def abort_upload(requests: Requests, uri: S3Uri, upload_id: str, deadline: Deadline) -> None:
-    """End a multipart upload; one that has ended already is fine."""
-    wanted = {"Bucket": uri.bucket, "Key": uri.key, "UploadId": upload_id}
+def abort_upload(requests: Requests, bucket: str, key: str, upload_id: str, deadline: Deadline) -> None:
+    """End a multipart upload of whatever key; one that has ended already is fine."""
+    wanted = {"Bucket": bucket, "Key": key, "UploadId": upload_id}
+    doing = f"aborting the upload of s3://{bucket}/{key}"
     try:
-        requests.insist(f"aborting {uri}", lambda client: client.abort_multipart_upload(**wanted), deadline)
+        requests.insist(doing, lambda client: client.abort_multipart_upload(**wanted), deadline)
     except Refusal as error:
         if error.code != "NoSuchUpload":
             raise

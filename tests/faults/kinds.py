@@ -1,0 +1,292 @@
+"""Everything that goes wrong, by name, and how it is done. What is done is drawn from the generator that is given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypershard.s3 import S3Uri
+from tests.faults.job import Job, Launchers
+from tests.faults.place import Site
+from tests.faults.survivors import DISK, LOCAL, MEMORY, S3, TIERS, RunPlaces, blob_roots
+from tests.s3_server import Fault, Rule
+
+# End a start. A kind that stands twice comes twice as often.
+ENDINGS = (
+    "kill one rank",
+    "kill one rank",
+    "kill some ranks",
+    "kill all ranks",
+    "stop a rank, then kill it",
+    "lose a node's memory",
+    "lose a node",
+    "lose memory and disks of all nodes",
+    "SIGTERM",
+)
+# Happen beside the training, which must go on.
+DISTURBANCES = (
+    "kill an agent",
+    "stop a rank",
+    "stop an agent",
+    "S3 answers 503",
+    "S3 answers 500",
+    "S3 resets connections",
+    "S3 stalls",
+    "S3 is slow",
+    "S3 flips bits of uploads",
+    "S3 flips bits of downloads",
+    "S3 cuts bodies",
+    "S3 says 200 with an error in it",
+    "S3 is out",
+    "the shared disk is full",
+)
+# Happen while nothing runs.
+DAMAGES = tuple(f"{what} {tier}" for tier in TIERS for what in ("flip a byte in", "cut off a file in", "delete a file in"))
+DAMAGES_AT_START = ("a node's memory is full",)
+ALL_KINDS = tuple(dict.fromkeys((*ENDINGS, *DISTURBANCES, *DAMAGES, *DAMAGES_AT_START)))
+
+_OBJECTS = "/step-"  # in the path of a checkpoint's objects, and not in a listing's
+
+
+@dataclass(frozen=True)
+class Done:
+    """A fault that was made: its kind and what was drawn for it."""
+
+    kind: str
+    details: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.details}" if self.details else self.kind
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an ending took: memory and disks by node's number, and whether a node went with a cut network."""
+
+    memory: frozenset[int] = frozenset()
+    disks: frozenset[int] = frozenset()
+    node: bool = False
+    was_asked: bool = False  # SIGTERM: the run saves and says goodbye
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that stays broken until `ends_at` on the monotonic clock; `lift` mends it."""
+
+    name: str
+    ends_at: float
+    lift: Callable[[], None]
+
+
+# --- endings -------------------------------------------------------------------------------------------------
+
+
+def end(kind: str, job: Job, launchers: Launchers, draw: random.Random) -> tuple[Done, Loss] | None:
+    """Make a fault that ends the job; None when it came too late."""
+    ranks, site = list(range(job.world_size)), job.site
+    node = draw.randrange(len(site.nodes))
+    if kind == "kill one rank":
+        victims = [draw.choice(ranks)]
+    elif kind == "kill some ranks":
+        victims = draw.sample(ranks, max(1, len(ranks) - 1))
+    elif kind in ("kill all ranks", "lose memory and disks of all nodes", "SIGTERM"):
+        victims = ranks
+    elif kind == "stop a rank, then kill it":
+        victims = [draw.choice(ranks)]
+        if not job.send(victims, signal.SIGSTOP):
+            return None
+        time.sleep(draw.uniform(0.2, 2))
+    else:
+        victims = [rank for rank in ranks if job.node_of(rank) == node]
+    if kind == "lose a node":
+        return _lose_node(job, launchers, node, with_disk=draw.random() < 0.5)
+    if not job.send(victims, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL):
+        return None
+    if kind == "SIGTERM":
+        return Done(kind, {}), Loss(was_asked=True)
+    if kind == "lose a node's memory":
+        job.wait(seconds=30)
+        launchers.end([node])
+        for number, pid in job.agent_pids().items():
+            if number == node:
+                _kill(pid)
+        site.clear_memory(node)
+        return Done(kind, {"node": node}), Loss(memory=frozenset({node}))
+    if kind == "lose memory and disks of all nodes":
+        job.wait(seconds=30)
+        launchers.end()
+        for pid in job.agent_pids().values():
+            _kill(pid)
+        everywhere = frozenset(range(len(site.nodes)))
+        for number in everywhere:
+            site.clear_memory(number)
+            site.clear_disk(number)
+        return Done(kind, {}), Loss(memory=everywhere, disks=everywhere)
+    return Done(kind, {"ranks": victims}), Loss()
+
+
+def _lose_node(job: Job, launchers: Launchers, node: int, *, with_disk: bool) -> tuple[Done, Loss] | None:
+    if not job.running():
+        return None
+    job.site.nodes[node].lose()
+    launchers.end([node])
+    job.end()  # as a cluster does that sees a node go: the others cannot tell a cut network from a slow one
+    job.site.replace_node(node, with_disk=with_disk)
+    gone = frozenset({node})
+    return Done("lose a node", {"node": node, "its disk": "kept" if with_disk else "lost"}), Loss(
+        memory=gone, disks=frozenset() if with_disk else gone, node=True
+    )
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+# --- disturbances --------------------------------------------------------------------------------------------
+
+
+def disturb(kind: str, job: Job, draw: random.Random) -> tuple[Done, Condition | None] | None:
+    """Make a fault that the training survives; None when there is nothing to be disturbed."""
+    site, now = job.site, time.monotonic()
+    if kind.startswith("S3"):
+        rules, details = _s3_rules(kind, draw)
+        longest = 30.0 if kind == "S3 is out" else 8.0
+        seconds = draw.uniform(0.5, longest)
+        site.break_bucket(*rules)
+        return Done(kind, {**details, "seconds": round(seconds, 1)}), Condition("s3", now + seconds, site.mend_bucket)
+    if kind == "the shared disk is full":
+        seconds = draw.uniform(0.2, 3)
+        site.fill_shared_disk()
+        return Done(kind, {"seconds": round(seconds, 1)}), Condition("disk", now + seconds, site.free_shared_disk)
+    if kind == "stop a rank":
+        rank = draw.randrange(job.world_size)
+        if not job.send([rank], signal.SIGSTOP):
+            return None
+        pids = [job.rank_pids()[rank]]
+        details = {"rank": rank}
+    else:
+        agents = job.agent_pids()
+        if not agents:
+            return None
+        node = draw.choice(sorted(agents))
+        pids, details = [agents[node]], {"node": node}
+        if kind == "kill an agent":
+            _kill(agents[node])
+            return Done(kind, details), None
+        _signal(agents[node], signal.SIGSTOP)
+    seconds = draw.uniform(0.2, 3)
+
+    def go_on() -> None:
+        for pid in pids:
+            _signal(pid, signal.SIGCONT)
+
+    return Done(kind, {**details, "seconds": round(seconds, 1)}), Condition("stopped", now + seconds, go_on)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _s3_rules(kind: str, draw: random.Random) -> tuple[Sequence[Rule], dict[str, Any]]:
+    times = draw.choice((1, 2, 3, None))  # of each request; None: all
+    if kind == "S3 answers 503":
+        return [Rule(Fault(status=503), times=times)], {"times": times}
+    if kind == "S3 answers 500":
+        return [Rule(Fault(status=500), times=times)], {"times": times}
+    if kind == "S3 resets connections":
+        when = draw.choice(("before", "after", "middle"))
+        return [Rule(Fault(reset=when), times=times)], {"times": times, "when": when}
+    if kind == "S3 stalls":
+        method = draw.choice(("GET", "PUT", "POST", ""))
+        return [Rule(Fault(stall=True), method=method)], {"method": method}
+    if kind == "S3 is slow":
+        speed = draw.choice((10_000, 100_000, 1_000_000))
+        return [Rule(Fault(bytes_per_second=speed, read_bytes_per_second=speed))], {"bytes_per_second": speed}
+    if kind == "S3 flips bits of uploads":
+        return [Rule(Fault(flip_upload=True), method="PUT", words=_OBJECTS, times=times)], {"times": times}
+    if kind == "S3 flips bits of downloads":
+        return [Rule(Fault(flip_download=True), method="GET", words=_OBJECTS, times=times)], {"times": times}
+    if kind == "S3 cuts bodies":
+        return [Rule(Fault(truncate=True), method="GET", times=times)], {"times": times}
+    if kind == "S3 says 200 with an error in it":
+        return [Rule(Fault(error_in_200=True), method="POST", times=times)], {"times": times}
+    assert kind == "S3 is out", kind
+    fault = draw.choice((Fault(status=503), Fault(reset="before"), Fault(stall=True)))
+    return [Rule(fault)], {"how": "stalls" if fault.stall else fault.reset and "resets" or 503}
+
+
+# --- damage while nothing runs -------------------------------------------------------------------------------
+
+
+def damage(kind: str, site: Site, places: RunPlaces, draw: random.Random) -> Done | None:
+    """Flip, cut off or delete something in a tier; None when it holds nothing."""
+    what, tier = kind.rsplit(" ", 1)
+    share = draw.random()  # of the files, in order of their names; another number of files leaves other draws alone
+    offset_share, bit = draw.random(), draw.randrange(8)
+    if tier == S3:
+        names = sorted(name for name in site.objects(places.uri) if name.startswith("step-"))
+        if not names:
+            return None
+        name = names[int(share * len(names))]
+        details = _damage_object(what, site, places.uri / name, offset_share, bit)
+        return Done(kind, {"object": name, **details})
+    files = _files(site, places, tier)
+    if not files:
+        return None
+    path = files[int(share * len(files))]
+    return Done(kind, {"file": "/".join(path.parts[-3:]), **_damage_file(what, path, offset_share, bit)})
+
+
+def _files(site: Site, places: RunPlaces, tier: str) -> list[Path]:
+    if tier == DISK:
+        return sorted(path for path in places.checkpoint_dir.glob("step-*/*") if path.is_file())
+    assert tier in (MEMORY, LOCAL), tier
+    return [
+        path
+        for held, _, root in blob_roots(site, places)
+        if held == tier
+        for path in sorted(root.glob("*/rank-*/*"))
+        if path.is_file()
+    ]
+
+
+def _damage_file(what: str, path: Path, offset_share: float, bit: int) -> dict[str, Any]:
+    size = path.stat().st_size
+    offset = int(offset_share * size)
+    if what == "delete a file in":
+        path.unlink()
+        return {}
+    if what == "cut off a file in":
+        os.truncate(path, offset)
+        return {"at": offset, "of": size}
+    if size:
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            old = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([old ^ 1 << bit]))
+    return {"at": offset, "of": size, "bit": bit}
+
+
+def _damage_object(what: str, site: Site, uri: S3Uri, offset_share: float, bit: int) -> dict[str, Any]:
+    if what == "delete a file in":
+        site.delete_object(uri)
+        return {}
+    content = bytearray(site.read_object(uri))
+    offset, size = int(offset_share * len(content)), len(content)
+    if what == "cut off a file in":
+        site.write_object(uri, content[:offset])
+        return {"at": offset, "of": size}
+    if content:
+        content[offset] ^= 1 << bit
+        site.write_object(uri, content)
+    return {"at": offset, "of": size, "bit": bit}
