@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -14,9 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from hypershard.checkpoint.durable import DurableTier
 from hypershard.checkpoint.hf import load_hf_weights
 from hypershard.checkpoint.lineage import Lineage
+from hypershard.checkpoint.manager import CheckpointManager
+from hypershard.checkpoint.manifest import Place
 from hypershard.checkpoint.snapshot import take_snapshot
+from hypershard.checkpoint.stores import open_store
 from hypershard.distributed.process_group import World
 from hypershard.errors import HypershardError
 
@@ -40,15 +45,18 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
 
-def save(  # noqa: PLR0917 - a pool hands over arguments by position
-    world: World, directory: Path, step: int, replicas: int, asynchronous: bool, memory: bool = False
-) -> None:
-    """To the shared directory, or with `memory` only to memory below it."""
+def manager_at(world: World, place: str, tier: str, asynchronous: bool = False) -> CheckpointManager:
+    """A manager of one tier: "disk" or "s3" at `place`, or "memory" or "local" below it."""
     group = world.checkpoint_group
-    if memory:
-        manager = manager_of(home=directory, memory_dir=directory, group=group, asynchronous=asynchronous)
-    else:
-        manager = manager_of(disk(directory, group), group=group, asynchronous=asynchronous)
+    if tier in ("disk", "s3"):
+        durable = DurableTier(Place(open_store(place)), group=group)
+        return manager_of(durable, group=group, asynchronous=asynchronous)
+    folder = {f"{tier}_dir": Path(place)}
+    return manager_of(home=Path(place), group=group, asynchronous=asynchronous, **folder)
+
+
+def save(world: World, place: str, step: int, replicas: int, asynchronous: bool, tier: str = "disk") -> None:  # noqa: PLR0917
+    manager = manager_at(world, place, tier, asynchronous)
     tensors = sharded(values(step), mesh_of(world, replicas))
     save_with(manager, step, tensors, tokens=step)
     if asynchronous:
@@ -58,17 +66,14 @@ def save(  # noqa: PLR0917 - a pool hands over arguments by position
     manager.finish()
 
 
-def load(
-    world: World, directory: Path, replicas: int, memory: bool = False
-) -> tuple[dict | None, dict[str, torch.Tensor]]:
+def load(world: World, place: str, replicas: int, tier: str = "disk") -> tuple[dict | None, dict[str, torch.Tensor]]:
     tensors = sharded(blank(), mesh_of(world, replicas))
-    group = world.checkpoint_group
-    if memory:
-        manager = manager_of(home=directory, memory_dir=directory, group=group)
-    else:
-        manager = manager_of(disk(directory, group), group=group)
-    facts = manager.restore(tensors)
+    facts = manager_at(world, place, tier).restore(tensors)
     return facts, {name: tensor.clone() for name, tensor in whole(tensors).items()}
+
+
+def set_environment(world: World, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
 
 
 def train_and_save(world: World, directory: Path) -> dict[str, torch.Tensor]:

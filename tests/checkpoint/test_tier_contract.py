@@ -338,6 +338,7 @@ def test_torn_saves_are_removed_by_the_next(durable: Harness) -> None:
         durable.read(files["data"])
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_any_reader_of_torch_distributed_checkpoint_opens_it(durable: Harness, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -346,6 +347,19 @@ def test_any_reader_of_torch_distributed_checkpoint_opens_it(durable: Harness, t
         (tmp_path / name.rpartition("/")[2]).write_bytes(durable.read(name))
     found = blank()
     dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    assert same(found, values(4))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_it_is_opened_where_it_lies_in_a_bucket(tmp_path: Path, s3_server: Server) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    harness = S3Harness(tmp_path / "checkpoints", s3_server)
+    harness.save(4)
+    found = blank()
+    reader = FsspecReader(harness.tier.list()[0].location, client_kwargs={"endpoint_url": s3_server.endpoint})
+    dcp.load(found, storage_reader=reader, no_dist=True)
     assert same(found, values(4))
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 from data_texts import documents, names_in, write_jsonl
 
 from hypershard.data import prepare as prepare_file
-from hypershard.data.prepare import prepare
+from hypershard.data.prepare import prepare, process_space
 from hypershard.data.token_bins import open_token_bins
 from hypershard.errors import DataError, StorageError
 
@@ -136,7 +135,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, tokenizer):
 
 
 def test_the_unfinished_folder_of_a_running_process_is_left_alone(tmp_path, tokenizer):
-    other = tmp_path / f".bins.{socket.gethostname()}.{os.getppid()}.tmp"
+    other = tmp_path / f".bins.{process_space()}.{os.getppid()}.tmp"
     other.mkdir()
     prepare([write_jsonl(tmp_path / "a.jsonl", documents())], tmp_path / "bins", tokenizer)
     assert other.is_dir()

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import DamagedCheckpoint
+from ..errors import DamagedCheckpoint, StorageError
 
 BLOCK_BYTES = 32 * 2**20
 
@@ -174,7 +174,7 @@ def damage_of(source: Source, expected: FileSum, *, start: int = 0) -> str | Non
     try:
         for _ in read_verified(source, expected, blocks, start=start):
             pass
-    except DamagedCheckpoint as error:
+    except (DamagedCheckpoint, StorageError) as error:
         return str(error)
     except OSError as error:
         return f"{source.name} cannot be read: {error.strerror or error}"

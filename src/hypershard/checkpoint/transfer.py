@@ -49,7 +49,7 @@ class Progress:
         self.show(size_bytes)
 
     def following(self, source: Source) -> Source:
-        """The same source, whose reads are reported."""
+        """The same source, whose reads are reported; what cannot be read is a DamagedCheckpoint."""
         return _Followed(source, self)
 
 
@@ -68,7 +68,12 @@ class _Followed:
 
     def read(self, offset: int, size_bytes: int) -> Any:
         self.progress.advance(0)
-        content = self.source.read(offset, size_bytes)
+        try:
+            content = self.source.read(offset, size_bytes)
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{self.name} is missing") from None
+        except OSError as error:  # told apart here from what the place that is written to may refuse
+            raise DamagedCheckpoint(f"{self.name} cannot be read: {error.strerror or error}") from error
         self.progress.advance(memoryview(content).nbytes)
         return content
 
@@ -170,7 +175,7 @@ def copy_checkpoint(
 
         def copy(name: str) -> None:
             source = progress.following(stored.store.source(stored.folder, name))
-            with _missing_is_damage(source), target.stream(folder, name, seconds=None) as sink:
+            with target.stream(folder, name, seconds=None) as sink:
                 for block in read_verified(source, manifest.files[name], whole(manifest.files[name])):
                     sink.write(block)
 
@@ -190,14 +195,6 @@ def whole(file: FileSum) -> list[tuple[int, int]]:
     """A request for each block of a file."""
     starts = (block * BLOCK_BYTES for block in range(num_blocks(file.size_bytes)))
     return [(start, min(BLOCK_BYTES, file.size_bytes - start)) for start in starts]
-
-
-@contextlib.contextmanager
-def _missing_is_damage(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{source.name} is missing") from None
 
 
 def copy_belongings(place: Place, target: Store) -> list[str]:

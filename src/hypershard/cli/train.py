@@ -132,7 +132,6 @@ def _train(config: Config, ranks: Ranks, model_name: str) -> int:
 def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     from ..distributed.collectives import from_main
     from ..distributed.process_group import leave, make_deterministic, set_cpu_threads, start
-    from ..storage import local_path
     from ..train.loop import Schedule
     from ..train.loop import run as train
     from ..train.run_dir import (
@@ -152,8 +151,7 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         make_deterministic()
     world = start(ranks)
     run_dir = from_main(choose_run_dir(config.report, model_name=model_name))
-    given = config.checkpoint.checkpoint_dir
-    checkpoint_dir = local_path(given, flag="--checkpoint_dir") if given else run_dir / "checkpoints"
+    checkpoint_dir = _checkpoint_dir(config, run_dir)
     start_from = _start_of(config)
     if not start_from.resume and not config.train.eval_only:
         refuse_second_start(run_dir, checkpoint_dir)
@@ -190,6 +188,13 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
     leave()
     return 0
+
+
+def _checkpoint_dir(config: Config, run_dir: Path) -> Path:
+    from ..storage import local_path
+
+    given = config.checkpoint.checkpoint_dir
+    return local_path(given, flag="--checkpoint_dir") if given else run_dir / "checkpoints"
 
 
 def _alarm(event: Callable[..., None]) -> Callable[[str], None]:

@@ -100,18 +100,23 @@ def prepare(
 @contextlib.contextmanager
 def _unfinished_neighbour(output: Path) -> Iterator[Path]:
     """A new folder beside `output`, removed on the way out unless it was renamed."""
-    host = socket.gethostname()
-    for leftover in output.parent.glob(f".{output.name}.{host}.*.tmp"):
+    here = process_space()
+    for leftover in output.parent.glob(f".{output.name}.{here}.*.tmp"):
         pid = leftover.name.split(".")[-2]
         if pid.isdigit() and not _is_running(int(pid)):
             remove_tree(leftover)
-    folder = output.parent / f".{output.name}.{host}.{os.getpid()}.tmp"
+    folder = output.parent / f".{output.name}.{here}.{os.getpid()}.tmp"
     remove_tree(folder)
     make_directory(folder)
     try:
         yield folder
     finally:
         remove_tree(folder)
+
+
+def process_space() -> str:
+    """What process numbers count in: a host, and a container on it, which may have the host's name."""
+    return f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _is_running(pid: int) -> bool:

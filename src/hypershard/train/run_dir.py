@@ -57,10 +57,11 @@ def is_only_read(run_dir: Path, config: Config) -> bool:
 
 
 def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_name: str) -> None:
-    """Write code.txt and environment.json; a run that is only evaluated keeps its own."""
+    """Write config.yaml, code.txt and environment.json; a run that is only evaluated keeps its own."""
     if is_only_read(run_dir, config):
         return
     make_directory(run_dir)
+    write_bytes(run_dir / "config.yaml", to_yaml(config).encode())
     write_bytes(run_dir / "code.txt", _code_state().encode())
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     environment = {
