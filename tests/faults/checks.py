@@ -104,7 +104,8 @@ def check_saves_are_there_or_alarmed(job: Job, survivors: Survivors) -> None:
     events = job.events()
     alarms = " ".join(str(one["text"]) for one in events if one["event"] == "alarm")
     for tier in (DISK, S3):
-        steps = [int(one["step"]) for one in events if one["event"] == "saved" and tier in one["tiers"]]
+        saved = [one for one in events if one["event"] == "saved" and {tier, "all"} & set(one["tiers"])]
+        steps = sorted({int(one["step"]) for one in saved})
         there = {one.step for one in survivors.candidates if one.tier == tier}
         if len(steps) > 1 and steps[-2] not in there and tier not in alarms:
             raise Violation(f"step {steps[-2]} was saved to {tier}, where only {sorted(there)} are; alarms: {alarms!r}")

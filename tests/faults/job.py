@@ -178,6 +178,17 @@ class Job:
             time.sleep(0.05)
         return True
 
+    def end_all(self, *, seconds: float = 60, tick: Callable[[], None] = lambda: None) -> None:
+        """Until the ranks that are left have noticed that others are gone, which those must that have met.
+
+        Before that nobody but a launcher knows: torch's rendezvous waits for minutes, and launchers end the rest.
+        """
+        if self.begun_at() is None:
+            self.wait(seconds=1, tick=tick)
+            self.end()
+        elif not self.wait(seconds=seconds, tick=tick):
+            raise Violation(f"ranks {sorted(self.running())} do not notice that others are gone:\n{self.dump_stacks()}")
+
     def end(self) -> None:
         """As a scheduler ends a job of which something is lost."""
         for pid in self.rank_pids().values():

@@ -27,6 +27,7 @@ ENDINGS = (
     "stop a rank, then kill it",
     "lose a node's memory",
     "lose a node",
+    "lose the memory of all nodes",
     "lose memory and disks of all nodes",
     "SIGTERM",
 )
@@ -96,7 +97,7 @@ def end(kind: str, job: Job, launchers: Launchers, draw: random.Random) -> tuple
         victims = [draw.choice(ranks)]
     elif kind == "kill some ranks":
         victims = draw.sample(ranks, max(1, len(ranks) - 1))
-    elif kind in ("kill all ranks", "lose memory and disks of all nodes", "SIGTERM"):
+    elif kind in ("kill all ranks", "lose the memory of all nodes", "lose memory and disks of all nodes", "SIGTERM"):
         victims = ranks
     elif kind == "stop a rank, then kill it":
         victims = [draw.choice(ranks)]
@@ -112,24 +113,29 @@ def end(kind: str, job: Job, launchers: Launchers, draw: random.Random) -> tuple
     if kind == "SIGTERM":
         return Done(kind, {}), Loss(was_asked=True)
     if kind == "lose a node's memory":
-        job.wait(seconds=30)
+        job.end_all()
         launchers.end([node])
         for number, pid in job.agent_pids().items():
             if number == node:
                 _kill(pid)
         site.clear_memory(node)
         return Done(kind, {"node": node}), Loss(memory=frozenset({node}))
-    if kind == "lose memory and disks of all nodes":
-        job.wait(seconds=30)
-        launchers.end()
-        for pid in job.agent_pids().values():
-            _kill(pid)
-        everywhere = frozenset(range(len(site.nodes)))
-        for number in everywhere:
-            site.clear_memory(number)
-            site.clear_disk(number)
-        return Done(kind, {}), Loss(memory=everywhere, disks=everywhere)
+    if kind in ("lose the memory of all nodes", "lose memory and disks of all nodes"):
+        job.end_all()
+        return Done(kind, {}), _lose_everywhere(job, launchers, with_disks="disks" in kind)
     return Done(kind, {"ranks": victims}), Loss()
+
+
+def _lose_everywhere(job: Job, launchers: Launchers, *, with_disks: bool) -> Loss:
+    launchers.end()
+    for pid in job.agent_pids().values():
+        _kill(pid)
+    everywhere = frozenset(range(len(job.site.nodes)))
+    for number in everywhere:
+        job.site.clear_memory(number)
+        if with_disks:
+            job.site.clear_disk(number)
+    return Loss(memory=everywhere, disks=everywhere if with_disks else frozenset())
 
 
 def _lose_node(job: Job, launchers: Launchers, node: int, *, with_disk: bool) -> tuple[Done, Loss] | None:
@@ -230,7 +236,9 @@ def _s3_rules(kind: str, draw: random.Random) -> tuple[Sequence[Rule], dict[str,
 def damage(kind: str, site: Site, places: RunPlaces, draw: random.Random) -> Done | None:
     """Flip, cut off or delete something in a tier; None when it holds nothing."""
     what, tier = kind.rsplit(" ", 1)
-    share = draw.random()  # of the files, in order of their names; another number of files leaves other draws alone
+    # Where in the list of files, by their names and so by their steps: the newest matter most. A share, so that another
+    # number of files leaves the other draws alone.
+    share = max(draw.random(), draw.random())
     offset_share, bit = draw.random(), draw.randrange(8)
     if tier == S3:
         names = sorted(name for name in site.objects(places.uri) if name.startswith("step-"))

@@ -86,31 +86,32 @@ class RunPlaces:
         return None
 
 
-def blob_roots(site: Site, places: RunPlaces) -> list[tuple[str, int, Path]]:
-    """Tier, node and folder of all memory and local disks that hold something of the run."""
+def blob_roots(site: Site, places: RunPlaces, *, num_nodes: int | None = None) -> list[tuple[str, int, Path]]:
+    """Tier, node and folder of all memory and local disks of the first nodes that hold something of the run."""
     run = places.run_id(site)
     if run is None:
         return []
     found = []
-    for node in site.nodes:
+    for node in site.nodes[:num_nodes]:
         for tier, folder in ((MEMORY, node.shm), (LOCAL, site.disk(node.number))):
             if (root := run_root(folder, run)) is not None:
                 found.append((tier, node.number, root))
     return found
 
 
-def look(site: Site, places: RunPlaces) -> Survivors:
-    candidates, broken = _in_blobs(site, places)
+def look(site: Site, places: RunPlaces, *, num_nodes: int | None = None) -> Survivors:
+    """What a job on the first `num_nodes` nodes (None: all) can find."""
+    candidates, broken = _in_blobs(site, places, num_nodes)
     for store in places.stores(site):
         candidates += [_stored(store.name, one) for one in Place(store).finished()]
     return Survivors(tuple(sorted(candidates, key=lambda one: one.order, reverse=True)), tuple(broken))
 
 
-def _in_blobs(site: Site, places: RunPlaces) -> tuple[list[Candidate], list[str]]:
+def _in_blobs(site: Site, places: RunPlaces, num_nodes: int | None) -> tuple[list[Candidate], list[str]]:
     held: defaultdict[tuple[str, Lineage, int], list[Blob]] = defaultdict(list)
     broken: list[str] = []
     run = places.run_id(site) or ""
-    for tier, _, root in blob_roots(site, places):
+    for tier, _, root in blob_roots(site, places, num_nodes=num_nodes):
         found = blobs_below(root, tier=tier, run=run)
         broken += [_short(text) for text in found.damage]
         for one in found.sets:

@@ -2,11 +2,12 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.integration.processes import history, steps, train, train_well
+
+from hypershard.metrics.sinks import read_json_lines
 
 pytestmark = pytest.mark.slow
 
@@ -81,21 +82,16 @@ def test_a_checkpoint_of_another_model_and_a_second_start(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint of the small run, not for three."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=17m", "tmpfs", str(path)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
+def small_disk(small_disk: Path) -> Path:
+    """With room for one checkpoint of the small run, not for three."""
+    subprocess.run(["mount", "-o", "remount,size=17m", str(small_disk)], check=True)
+    return small_disk
 
 
 def test_a_full_disk_at_save(small_disk: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     flags = {"run_dir": run_dir, "checkpoint_dir": small_disk, "nproc_per_node": 2}
-    code, output = train(**flags)
+    code, output = train(**flags, in_memory_checkpointing_freq=0)
     assert_one_clear_error(code, output, str(small_disk), "space")
     saved = sorted(path.parent.name for path in small_disk.glob("step-*/MANIFEST.json"))
     assert saved, "the checkpoint that fitted is still there"
@@ -103,6 +99,16 @@ def test_a_full_disk_at_save(small_disk: Path, tmp_path: Path) -> None:
     output = train_well(**{**flags, "checkpoint_dir": tmp_path / "elsewhere"}, resume_from_checkpoint=small_disk)
     assert f"going on after step {int(saved[-1].removeprefix('step-'))} " in output
     assert len(steps(run_dir)) == 14
+
+
+def test_a_full_disk_is_an_alarm_while_memory_takes_the_saves(small_disk: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    code, output = train(run_dir=run_dir, checkpoint_dir=small_disk, nproc_per_node=2)
+    assert len(steps(run_dir)) == 14, "training goes on to its end"
+    assert code == 2, "but the last step is on no disk"
+    assert output.count(" E ALARM: a save to disk failed") == 1 and "Traceback" not in output
+    kinds = [record["event"] for record in read_json_lines(run_dir / "events.jsonl")]
+    assert "alarm" in kinds and kinds[-1] == "failed"
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ class CheckpointManager:
             # A run that goes on must not wait for a bucket that is out; one that starts should learn of it now.
             if self._search.record is None or not self._can_miss(level):
                 raise
-            self._alarm(f"{level.name} cannot be used at the start: {error}")
+            self._alarm_once(f"{level.name} cannot be used at the start: {error}")
             return
         if newer and level.name not in self._search.silent:
             raise CheckpointError(
@@ -285,13 +285,18 @@ class CheckpointManager:
 
         Raises what the durable tiers met when none of them has `step` then.
         """
-        self._control.together(self._finish_all)  # nobody may overwrite a slot that another's copy still needs
+        earlier = self._finish_all()
+        self._control.together(lambda: None)  # nobody may overwrite a slot that another's copy still needs
+        for error in earlier:
+            self._alarm_once(f"a save failed: {error}")
         due = self._control.on_main(lambda: [level.name for level in self.levels if not self._has(level, step)])
         if due or not self.levels:
             self.save(step, tensors, facts, due=[*due, MEMORY, LOCAL] if self._has_node_tier else due)
         errors = self._finish_all()
-        if self.levels and errors and not any(self._has(level, step) for level in self.levels):
+        if errors and not any(self._has(level, step) for level in self.levels):
             raise errors[0]
+        for error in errors:
+            self._alarm_once(f"the last save failed: {error}")
         return bool(due)
 
     def _has(self, level: Level, step: int) -> bool:
@@ -393,10 +398,7 @@ class CheckpointManager:
 
     def _finish_all(self) -> list[Exception]:
         self._finish_nodes()
-        errors = [error for level in self.levels if (error := level.lane.finish()) is not None]
-        for error in errors:
-            self._alarm(f"a save failed: {error}")
-        return errors
+        return [error for level in self.levels if (error := level.lane.finish()) is not None]
 
     def _finish_nodes(self) -> None:
         if error := self._node_lane.finish():
@@ -407,7 +409,12 @@ class CheckpointManager:
         if error := level.lane.finish():
             if not self._can_miss(level):
                 raise error
-            self._alarm(f"a save to {level.name} failed: {error}")
+            self._alarm_once(f"a save to {level.name} failed: {error}")
+
+    def _alarm_once(self, text: str) -> None:
+        """An alarm about what all ranks met alike."""
+        if self._control.is_main:
+            self._alarm(text)
 
     def _can_miss(self, level: Level) -> bool:
         return len(self.levels) > 1 or self._memory.is_on or level.tier.store.is_remote

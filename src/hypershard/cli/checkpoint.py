@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from ..checkpoint.manifest import existing_place
-from ..checkpoint.survey import Superfluous, superfluous, survey
+from ..checkpoint.survey import Superfluous, superfluous
 from ..errors import CheckpointError
 from ..log import logger
 from ..storage import local_path
@@ -15,7 +14,7 @@ from ..units import format_bytes
 from .checkpoint_diff import diff_checkpoints
 from .checkpoint_list import list_checkpoints
 from .checkpoint_memory import prune_memory
-from .checkpoint_places import chosen
+from .checkpoint_places import chosen, stored_at
 from .checkpoint_transfer import copy, verify
 
 Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -173,10 +172,12 @@ def _prune(args: argparse.Namespace) -> int:
         raise CheckpointError("--memory_tier_dir, --run and --yes belong to prune --memory")
     if args.place is None or args.keep is None:
         raise CheckpointError("prune takes a PLACE and --keep K, or --memory")
-    place = existing_place(args.place)
+    stored = stored_at(args.place)
+    place, found = stored.place, stored.found
     if place.folder is not None:
         raise CheckpointError(f"{args.place} is one checkpoint; expected the folder that holds all of a run")
-    found = survey(place)
+    if not found:
+        raise CheckpointError(f"{stored.location}: found no checkpoint (a folder named step-XXXXXXXX)")
     gone = superfluous(found, keep=args.keep, keep_every=args.keep_every, with_broken=args.unfinished)
     for one in gone:
         if not args.dry_run:
@@ -205,10 +206,10 @@ def _export(args: argparse.Namespace) -> int:
     from .place import place_tokenizer
 
     output = local_path(args.output, flag="--output")
-    place = existing_place(args.place)
-    stored = chosen(survey(place), place.store.location, args.step).stored
+    source = stored_at(args.place)
+    stored = chosen(source, args.step).stored
     model = ModelConfig(**stored.facts(stored.manifest())["model"])
-    with place_tokenizer(place, args.tokenizer) as given:
+    with place_tokenizer(source.place, args.tokenizer) as given:
         tokenizer = None if given is None else load_tokenizer(given)
         if tokenizer is None:
             logger.warning("the run keeps no tokenizer and no --tokenizer is given: the model directory will have none")

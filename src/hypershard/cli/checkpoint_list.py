@@ -36,13 +36,12 @@ class Row:
 def list_checkpoints(place: str, *, as_json: bool) -> int:
     """Print what lies in `place`. Raises CheckpointError when that is nothing."""
     seen = whereabouts(place)
+    stored = seen.stored
     rows = sorted(_rows(seen), key=_order, reverse=True)
     damage = [text for tier in seen.on_node for text in tier.blobs.damage]
     if not (rows or damage):
         silent = "".join(f"; {text}" for text in seen.silent.values())
-        raise CheckpointError(
-            f"{seen.place.store.location}: found no checkpoint (a folder named step-XXXXXXXX){silent}"
-        )
+        raise CheckpointError(f"{stored.location}: found no checkpoint (a folder named step-XXXXXXXX){silent}")
     if as_json:
         value = {
             "places": _places(seen),
@@ -67,7 +66,7 @@ def list_checkpoints(place: str, *, as_json: bool) -> int:
 
 
 def _rows(seen: Whereabouts) -> list[Row]:
-    stored = [_stored_row(found) for found in (*seen.found, *seen.in_bucket)]
+    stored = [_stored_row(found) for found in (*seen.stored.found, *seen.in_bucket)]
     return stored + [_blob_row(blobs) for blobs in seen.blob_sets]
 
 
@@ -114,7 +113,7 @@ def _order(row: Row) -> tuple[bool, int, int, int, int]:
 
 def _places(seen: Whereabouts) -> dict[str, str]:
     places = {tier.tier: str(tier.root) for tier in seen.on_node if tier.root is not None}
-    places[seen.place.store.name] = seen.place.store.location
+    places[seen.stored.place.store.name] = seen.stored.location
     if seen.bucket is not None:
         places[seen.bucket.store.name] = seen.bucket.store.location
     return places

@@ -30,14 +30,30 @@ class OnNode:
 
 
 @dataclass(frozen=True)
-class Whereabouts:
-    """What a PLACE stands for: the place itself and, for a run, what else its configuration names.
+class Stored:
+    """What a PLACE stands for and what is stored there, in the order of a resume.
 
-    `silent` maps tiers (or files) that could not be asked to the reason.
+    `settings` are those of the run it belongs to, where it has a config.yaml; `trouble` says why that is of no use.
     """
 
     place: Place
     found: list[Found]
+    settings: CheckpointConfig | None = None
+    trouble: str | None = None
+
+    @property
+    def location(self) -> str:
+        return self.place.store.location
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Everything that is left of a run, as far as it can be seen from here.
+
+    `silent` maps tiers (or config.yaml) that could not be asked to the reason.
+    """
+
+    stored: Stored
     bucket: Place | None
     in_bucket: list[Found]
     on_node: tuple[OnNode, ...]
@@ -48,36 +64,38 @@ class Whereabouts:
         return [blobs for tier in self.on_node for blobs in tier.blobs.sets]
 
 
-def whereabouts(text: str) -> Whereabouts:
-    """Look at the PLACE `text`. Raises CheckpointError and StorageError for the place itself, not for the others."""
+def stored_at(text: str) -> Stored:
+    """Look at the PLACE `text` and at nothing else. Raises CheckpointError and StorageError."""
     place = existing_place(text)
-    if place.folder is not None or not isinstance(place.store, DiskStore):
-        return Whereabouts(place, survey(place), None, [], (), {})
-    silent: dict[str, str] = {}
-    settings = _settings(place.store, silent)
-    if settings is None:
-        return Whereabouts(place, survey(place), None, [], (), silent)
     found = survey(place)
+    if place.folder is not None or not isinstance(place.store, DiskStore):
+        return Stored(place, found)
+    path = configuration_of(place.store)
+    if path is None:
+        return Stored(place, found)
+    try:
+        settings = resolve(Layer(str(path), read_yaml(path)[0])).config.checkpoint
+    except ConfigError as error:
+        return Stored(place, found, trouble=f"{error}; the other tiers of this run are not looked at")
     if not found and settings.checkpoint_dir is not None:
         place = Place(DiskStore(local_path(settings.checkpoint_dir, flag="--checkpoint_dir")))
         found = survey(place)
-    bucket, in_bucket = _bucket(settings, silent)
-    return Whereabouts(place, found, bucket, in_bucket, _on_node(place, settings, silent), silent)
+    return Stored(place, found, settings)
 
 
-def _settings(store: DiskStore, silent: dict[str, str]) -> CheckpointConfig | None:
-    path = configuration_of(store)
-    if path is None:
-        return None
-    try:
-        return resolve(Layer(str(path), read_yaml(path)[0])).config.checkpoint
-    except ConfigError as error:
-        silent["config.yaml"] = f"{error}; the other tiers of this run are not looked at"
-        return None
+def whereabouts(text: str) -> Whereabouts:
+    """Look at a PLACE and, for a run on a disk, at what else its configuration names.
+
+    Raises CheckpointError and StorageError for the place itself, not for the others.
+    """
+    stored = stored_at(text)
+    silent = {} if stored.trouble is None else {"config.yaml": stored.trouble}
+    bucket, in_bucket = _bucket(stored.settings, silent)
+    return Whereabouts(stored, bucket, in_bucket, on_this_node(stored, silent), silent)
 
 
-def _bucket(settings: CheckpointConfig, silent: dict[str, str]) -> tuple[Place | None, list[Found]]:
-    if settings.s3_tier_base_path is None:
+def _bucket(settings: CheckpointConfig | None, silent: dict[str, str]) -> tuple[Place | None, list[Found]]:
+    if settings is None or settings.s3_tier_base_path is None:
         return None, []
     try:
         bucket = Place(open_store(settings.s3_tier_base_path))
@@ -87,14 +105,18 @@ def _bucket(settings: CheckpointConfig, silent: dict[str, str]) -> tuple[Place |
         return None, []
 
 
-def _on_node(place: Place, settings: CheckpointConfig, silent: dict[str, str]) -> tuple[OnNode, ...]:
+def on_this_node(stored: Stored, silent: dict[str, str]) -> tuple[OnNode, ...]:
+    """What a run has in this node's memory and on its own disk; tiers that cannot be read are added to `silent`."""
+    settings = stored.settings
+    if settings is None:
+        return ()
     directories = [("memory", "--memory_tier_dir", settings.memory_tier_dir)]
     if settings.local_tier_dir is not None:
         directories.append(("local", "--local_tier_dir", settings.local_tier_dir))
     tiers = []
     for tier, flag, directory in directories:
         try:
-            run = run_of(place.store)
+            run = run_of(stored.place.store)
             root = None if run is None else run_root(local_path(directory, flag=flag), run)
             blobs = NodeBlobs((), ()) if root is None or run is None else blobs_below(root, tier=tier, run=run)
             tiers.append(OnNode(tier, root, blobs))
@@ -103,11 +125,12 @@ def _on_node(place: Place, settings: CheckpointConfig, silent: dict[str, str]) -
     return tuple(tiers)
 
 
-def chosen(found: list[Found], where: str, step: int | None) -> Found:
+def chosen(stored: Stored, step: int | None) -> Found:
     """The complete checkpoint of `step`, or the one that a resume would take first; damaged ones are named.
 
     Raises CheckpointError when there is none.
     """
+    found = stored.found
     complete = [one for one in found if one.is_complete]
     wanted = [one for one in complete if step in (None, one.stored.step)]
     if wanted:
@@ -117,19 +140,18 @@ def chosen(found: list[Found], where: str, step: int | None) -> Found:
         return wanted[0]
     if step is not None and complete:
         steps = ", ".join(str(one.stored.step) for one in complete)
-        raise CheckpointError(f"--step={step}: {where} has steps {steps}")
+        raise CheckpointError(f"--step={step}: {stored.location} has steps {steps}")
     broken = [one for one in found if step in (None, one.stored.step)]
     if broken:
         raise CheckpointError(f"{broken[0].stored.location} is {broken[0].condition}: {broken[0].detail}")
-    raise CheckpointError(f"{where}: found no checkpoint (a folder named step-XXXXXXXX)")
+    raise CheckpointError(f"{stored.location}: found no checkpoint (a folder named step-XXXXXXXX)")
 
 
 def one_checkpoint(text: str) -> StoredCheckpoint:
     """The checkpoint that `PLACE` or `PLACE@STEP` names: its only one, that step's, or the newest."""
     match = _AT_STEP.fullmatch(text)
     where, step = (match[1], int(match[2])) if match else (text, None)
-    place = existing_place(where)
-    if step is not None and place.folder is not None:
+    stored = stored_at(where)
+    if step is not None and stored.place.folder is not None:
         raise CheckpointError(f"{text}: {where} is one checkpoint already; expected PLACE@STEP or a step's folder")
-    seen = whereabouts(where)
-    return chosen(seen.found, seen.place.store.location, step).stored
+    return chosen(stored, step).stored

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from ..checkpoint.manifest import Place
 from ..checkpoint.node_blobs import Blob, BlobSet
 from ..checkpoint.stores import Store
 from ..checkpoint.survey import Found
@@ -18,7 +17,7 @@ from ..checkpoint.transfer import (
 )
 from ..errors import CheckpointError
 from ..units import format_bytes, format_seconds
-from .checkpoint_places import Whereabouts, chosen, whereabouts
+from .checkpoint_places import Stored, chosen, on_this_node, stored_at, whereabouts
 from .progress import shown_bytes
 
 _VALID = "valid"
@@ -30,12 +29,12 @@ def verify(place: str, *, step: int | None) -> int:
     Raises CheckpointError when one is damaged, StorageError when a place cannot be read.
     """
     seen = whereabouts(place)
-    found = [one for one in (*seen.found, *seen.in_bucket) if step in (None, one.stored.step)]
+    found = [one for one in (*seen.stored.found, *seen.in_bucket) if step in (None, one.stored.step)]
     finished = [one for one in found if one.stored.is_finished]
     blob_sets = [blobs for blobs in seen.blob_sets if step in (None, blobs.step)]
     lost = [text for tier in seen.on_node for text in tier.blobs.damage] if step is None else []
     if not (finished or blob_sets or lost):
-        chosen(found if step is None else seen.found, seen.place.store.location, step)  # says what is there instead
+        chosen(seen.stored, step)  # says what is there instead
     outcomes = [_verify_stored(one) for one in finished] + [_verify_blobs(blobs) for blobs in blob_sets]
     for text in lost:
         print(f"damaged: {text}")
@@ -83,13 +82,13 @@ def _damage_of_blob(blob: Blob, progress: Progress) -> str | None:
 def copy(place: str, destination: str, *, step: int | None, tier: str | None) -> int:
     """Copy one checkpoint and what lies beside it, and print what was done. Raises CheckpointError and StorageError."""
     started_at = time.monotonic()
-    seen = whereabouts(place)
+    source = stored_at(place)
     target = destination_store(destination)
     if tier is None:
-        text = _copy_stored(chosen(seen.found, seen.place.store.location, step), target)
+        text = _copy_stored(chosen(source, step), target)
     else:
-        text = _copy_blobs(_whole_set(seen, tier, step), target)
-    if also := copy_belongings(Place(seen.place.store), target):
+        text = _copy_blobs(_whole_set(source, tier, step), target)
+    if also := copy_belongings(source.place, target):
         text += f"; with it {', '.join(also)}"
     print(f"{text}; {format_seconds(time.monotonic() - started_at)}")
     return 0
@@ -110,8 +109,10 @@ def _copy_stored(found: Found, target: Store) -> str:
     )
 
 
-def _whole_set(seen: Whereabouts, tier: str, step: int | None) -> BlobSet:
-    sets = [blobs for blobs in seen.blob_sets if blobs.tier == tier and step in (None, blobs.step)]
+def _whole_set(source: Stored, tier: str, step: int | None) -> BlobSet:
+    silent: dict[str, str] = {}
+    here = [blobs for one in on_this_node(source, silent) if one.tier == tier for blobs in one.blobs.sets]
+    sets = [blobs for blobs in here if step in (None, blobs.step)]
     for blobs in sets:
         if blobs.is_whole:
             return blobs
@@ -119,7 +120,7 @@ def _whole_set(seen: Whereabouts, tier: str, step: int | None) -> BlobSet:
     if sets:
         found = f"{len(sets[0].parts)} of {sets[0].num_parts} parts of step {sets[0].step} on this node"
     else:
-        found = seen.silent.get(tier) or seen.silent.get("config.yaml") or "no blob of this run on this node"
+        found = silent.get(tier) or source.trouble or "no blob of this run on this node"
     raise CheckpointError(f"{where}: found {found}; expected a run directory all of whose parts are here")
 
 
