@@ -18,7 +18,18 @@ LAYERS = {
     "train": 8, "plan": 8, "report": 8,
     "cli": 9,
 }  # fmt: skip
-HEAVY = {"torch", "boto3", "botocore", "awscrt", "transformers", "tokenizers", "accelerate", "safetensors", "tensorboard", "rich"}
+HEAVY = {
+    "torch",
+    "boto3",
+    "botocore",
+    "awscrt",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "safetensors",
+    "tensorboard",
+    "rich",
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -182,7 +182,7 @@ def test_a_bit_that_flips_once_on_the_way_is_asked_for_again(daemon: Daemon) -> 
 def test_a_blob_that_does_not_match_the_daemons_checksum_is_damaged(daemon: Daemon, fault: str) -> None:
     held = memory(daemon)
     [table, _] = put(held, 10)
-    with daemon.failing(fault, f"GET .*{BLOBS}"), pytest.raises(DamagedCheckpoint, match="step 10 of rank 0"):
+    with daemon.failing(fault, f"GET .*{BLOBS}"), pytest.raises(DamagedCheckpoint, match="shard 0 of step 10"):
         payload_of(held, table)
 
 
@@ -272,6 +272,13 @@ def test_a_daemon_that_hangs_is_an_error(daemon: Daemon, fault: str) -> None:
             with pytest.raises(OutOfReach, match=r"timed out|not done within"):
                 ask()
     assert held.tables()[0] == table
+
+
+def test_a_daemon_that_hangs_in_the_middle_is_not_one_that_holds_little(daemon: Daemon) -> None:
+    held = memory(daemon, seconds=HASTY)
+    put(held, 10)
+    with daemon.failing("stall", "GET .*/3/10"), pytest.raises(OutOfReach, match="shard 3 of step 10"):
+        held.tables()
 
 
 def test_a_daemon_that_takes_no_more_bytes_is_an_error(daemon: Daemon) -> None:
@@ -416,7 +423,10 @@ def test_forget_deletes_what_this_job_put_and_nothing_else(daemon: Daemon) -> No
     held.forget()
 
 
-def test_the_client_prints_nothing(daemon: Daemon, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_client_prints_and_logs_nothing(
+    daemon: Daemon, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
     logs = Path("/var/log/sagemaker_checkpointing")
     before = logs.exists()
     held = memory(daemon)
@@ -426,6 +436,7 @@ def test_the_client_prints_nothing(daemon: Daemon, capfd: pytest.CaptureFixture[
     with daemon.failing("500"), pytest.raises(StorageError):
         held.put(*make(20))
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.name.startswith("amzn")] == []
     assert logs.exists() == before
 
 

@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from hypershard.distributed.env import Ranks, first_host, read_ranks
+from hypershard.distributed.env import Ranks, Surroundings, first_host, read_ranks, read_surroundings
 from hypershard.errors import ConfigError
 
 
@@ -43,6 +45,18 @@ def test_srun() -> None:
 )
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
+
+
+def test_surroundings() -> None:
+    ranks = Ranks(launcher="srun", master_addr="p5-001")
+    environment = {
+        "SLURM_TOPOLOGY_ADDR": "core.leaf3.p5-007",
+        "SLURM_JOB_END_TIME": "1700000000",
+        "GLOO_SOCKET_IFNAME": "ens32",
+    }
+    found = read_surroundings(ranks, environment)
+    assert found == Surroundings("p5-001", "ens32", "core.leaf3", os.getppid(), 1.7e9)
+    assert read_surroundings(Ranks(), {}) == Surroundings(launcher_pid=os.getpid())
 
 
 def test_half_an_environment_is_refused() -> None:

@@ -1,6 +1,6 @@
 """Any fault, bit for bit: a training on two nodes is broken again and again, and must end as if nothing had been.
 
-    python -m tests.faults.chaos --faults 200 --seed 7 [--keep DIR]
+    python -m tests.faults.chaos --faults 200 --seed 7 [--reshapes 10] [--keep DIR]
 
 Runs of a small model follow each other until so many faults were made. Each is started again after whatever ended it,
 as a scheduler does, until it is complete. What must hold is in checks.py, what is done to it in kinds.py. The seed
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from tests.faults.checks import Reference
 from tests.faults.job import Job, Launchers, Violation
 from tests.faults.kinds import Condition, Done, Loss
 from tests.faults.place import Site, open_site
+from tests.faults.plans import Moment, Plan, Planner
 from tests.faults.survivors import TIERS, RunPlaces, blob_roots, digest, look
 from tests.nodes import nodes_available
 
@@ -53,76 +52,6 @@ FLAGS: dict[str, Any] = {
     "keep_checkpoints": 2,
     "keep_s3_checkpoints": 2,
 }
-
-
-@dataclass(frozen=True)
-class Moment:
-    """So many seconds after the processes were started, or so many steps (and seconds) after the first of this start."""
-
-    seconds: float
-    steps: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.seconds:.2f} s" + ("" if self.steps is None else f" after {self.steps} steps")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One start and what is done to it: beside the training, at its end, and before the next start."""
-
-    number: int
-    keep_launchers: bool = False
-    disturbances: tuple[tuple[Moment, str], ...] = ()
-    ending: tuple[Moment, str] | None = None
-    damages: tuple[str, ...] = ()
-
-
-class Deck:
-    """Deals all cards once, in a random order, before any comes again."""
-
-    def __init__(self, cards: Sequence[str]):
-        self._cards = tuple(cards)
-        self._left: list[str] = []
-
-    def deal(self, draw: random.Random) -> str:
-        if not self._left:
-            self._left = list(self._cards)
-            draw.shuffle(self._left)
-        return self._left.pop()
-
-
-class Planner:
-    def __init__(self, seed: int):
-        self._seed = seed
-        self._number = 0
-        self._endings = Deck(kinds.ENDINGS)
-        self._disturbances = Deck(kinds.DISTURBANCES)
-        self._damages = Deck((*kinds.DAMAGES, *kinds.DAMAGES_AT_START))
-
-    def draw(self, number: int, purpose: str) -> random.Random:
-        return random.Random(f"{self._seed}/{number}/{purpose}")
-
-    def next(self, *, is_quiet: bool) -> Plan:
-        self._number += 1
-        if is_quiet:
-            return Plan(self._number)
-        draw = self.draw(self._number, "plan")
-        disturbances = [(_moment(draw, 8), self._disturbances.deal(draw)) for _ in range(draw.choice((0, 1, 1, 2)))]
-        disturbances.sort(key=lambda one: (one[0].steps or -1, one[0].seconds))
-        return Plan(
-            self._number,
-            keep_launchers=draw.random() < 0.5,
-            disturbances=tuple(disturbances),
-            ending=(_moment(draw, 14), self._endings.deal(draw)),
-            damages=tuple(self._damages.deal(draw) for _ in range(draw.choice((0, 0, 1, 1, 2, 5)))),
-        )
-
-
-def _moment(draw: random.Random, most_steps: int) -> Moment:
-    """A quarter come while the processes start, restore and get ready."""
-    if draw.random() < 0.25:
-        return Moment(draw.uniform(0, 7))
-    return Moment(draw.uniform(0, 0.08), draw.randint(0, most_steps))
 
 
 @dataclass
@@ -156,8 +85,8 @@ class Campaign:
         self.site = site
         self.statistics = Statistics()
         self._num_faults = num_faults
-        self._planner = Planner(seed)
-        self._launchers = Launchers(site)
+        self.planner = Planner(seed)
+        self.launchers = Launchers(site)
         self._references: dict[tuple[int, int], Reference] = {}
         self._conditions: list[Condition] = []
         self._s3_was_broken = False
@@ -182,15 +111,18 @@ class Campaign:
 
     def _one_run(self) -> None:
         number = self.statistics.num_runs
-        draw = self._planner.draw(number, "run")
+        draw = self.planner.draw(number, "run")
         shape = (2, draw.choice((1, 1, 1, 2)))
         reference = self._reference(shape)
-        flags = {"in_memory_checkpointing_freq": draw.choice((2, 2, 3, 3, 0)), "async_checkpointing": int(draw.random() < 0.85)}
+        flags = {
+            "in_memory_checkpointing_freq": draw.choice((2, 2, 3, 3, 0)),
+            "async_checkpointing": int(draw.random() < 0.85),
+        }
         self.say(f"run {number}: {shape[0]} nodes with {shape[1]} ranks, {flags}")
         places, flags = self.places(f"run-{number}", flags)
         last_step: int | None = None
         while True:
-            plan = self._planner.next(is_quiet=self.statistics.num_faults >= self._num_faults)
+            plan = self.planner.next(is_quiet=self.statistics.num_faults >= self._num_faults)
             job = self.job(f"start-{plan.number}", shape, flags)
             is_complete = self._one_start(plan, job, places, reference, last_step)
             if is_complete:
@@ -205,11 +137,11 @@ class Campaign:
             name = f"reference-{shape[0]}x{shape[1]}"
             places, flags = self.places(name, {"in_memory_checkpointing_freq": 3})
             job = self.job(name, shape, flags)
-            job.start(self._launchers)
-            self.watch(job, seconds=_QUIET_SECONDS)
+            job.start(self.launchers)
+            self.watch(job)
             if set(job.codes().values()) != {0}:
                 raise Violation(f"the run without faults ended with {job.codes()}:\n{job.log()[-3000:]}")
-            self._launchers.end()
+            self.launchers.end()
             final = look(self.site, places).best()
             assert final is not None and final.step == LAST_STEP
             from tests.integration.processes import history
@@ -239,22 +171,20 @@ class Campaign:
 
     # --- one start -------------------------------------------------------------------------------------------
 
-    def _one_start(
-        self, plan: Plan, job: Job, places: RunPlaces, reference: Reference, last_step: int | None
-    ) -> bool:
+    def _one_start(self, plan: Plan, job: Job, places: RunPlaces, reference: Reference, last_step: int | None) -> bool:
         """Start, disturb, end, check, damage. Returns whether the run is complete."""
         before = look(self.site, places)
         self._s3_was_broken = any(one.name == "s3" for one in self._conditions)
         self._was_hindered = bool(self._conditions)
         self.statistics.num_starts += 1
-        job.start(self._launchers)
+        job.start(self.launchers)
         loss = self._break(plan, job)
         if loss is None:
-            self.watch(job, seconds=_QUIET_SECONDS)
+            self.watch(job)
         else:
             job.end_all(seconds=_QUIET_SECONDS_WITHOUT_S3 if loss.was_asked else _END_SECONDS, tick=self._tick)
         self._mend("stopped")
-        self._settle(plan, job)
+        self.settle(job, keep_launchers=plan.keep_launchers)
         checks.check_no_traceback(job)
         checks.check_codes(job, loss, reference)
         checks.check_history(places, reference)
@@ -276,11 +206,11 @@ class Campaign:
     def _break(self, plan: Plan, job: Job) -> Loss | None:
         """Make the faults of `plan` that come in time; what the one that ends the job took."""
         for number, (moment, kind) in enumerate(plan.disturbances):
-            if not self._await(job, moment):
+            if not self.wait_for(job, moment):
                 return None
             if kind.startswith("S3"):
                 self._mend("s3")
-            made = kinds.disturb(kind, job, self._planner.draw(plan.number, f"disturbance {number}"))
+            made = kinds.disturb(kind, job, self.planner.draw(plan.number, f"disturbance {number}"))
             if made is None:
                 continue
             done, condition = made
@@ -289,10 +219,10 @@ class Campaign:
                 self._s3_was_broken |= condition.name == "s3"
                 self._was_hindered |= condition.name != "stopped"
             self._made(plan, done, moment, job)
-        if plan.ending is None or not self._await(job, plan.ending[0]):
+        if plan.ending is None or not self.wait_for(job, plan.ending[0]):
             return None
         moment, kind = plan.ending
-        ended = kinds.end(kind, job, self._launchers, self._planner.draw(plan.number, "ending"))
+        ended = kinds.end(kind, job, self.launchers, self.planner.draw(plan.number, "ending"))
         if ended is None:
             return None
         self._made(plan, ended[0], moment, job)
@@ -304,10 +234,10 @@ class Campaign:
         number = self.statistics.num_faults
         self.say(f"start {plan.number}, fault {number}: {done}{at}", kind=done.kind, details=done.details)
 
-    def _await(self, job: Job, moment: Moment) -> bool:
+    def wait_for(self, job: Job, moment: Moment) -> bool:
         """Whether the job still runs at `moment`."""
         reached_at: float | None = job.started_at if moment.steps is None else None
-        watch = _Watch(job, self._quiet_seconds())
+        watch = _Watch(job)
         while True:
             self._tick()
             if job.codes() or not job.running():
@@ -321,21 +251,21 @@ class Campaign:
             watch.look(self._quiet_seconds())
             time.sleep(0.01)
 
-    def watch(self, job: Job, *, seconds: float) -> None:
+    def watch(self, job: Job) -> None:
         """Until the job has ended by itself."""
-        watch = _Watch(job, seconds)
+        watch = _Watch(job)
         while job.running():
             self._tick()
-            watch.look(max(seconds, self._quiet_seconds()))
+            watch.look(self._quiet_seconds())
             time.sleep(0.05)
 
     def _quiet_seconds(self) -> float:
         return _QUIET_SECONDS_WITHOUT_S3 if self._s3_was_broken else _QUIET_SECONDS
 
-    def _settle(self, plan: Plan, job: Job) -> None:
+    def settle(self, job: Job, *, keep_launchers: bool) -> None:
         """Until nothing changes any more what lies in the tiers."""
-        if not plan.keep_launchers:
-            self._launchers.end()
+        if not keep_launchers:
+            self.launchers.end()
             deadline = time.monotonic() + 30
             while job.agent_pids():
                 if time.monotonic() > deadline:
@@ -369,13 +299,11 @@ class Campaign:
             self.clear(places)
 
     def _damage(self, kind: str, plan: Plan, places: RunPlaces) -> None:
-        draw = self._planner.draw(plan.number, kind)
+        draw = self.planner.draw(plan.number, kind)
         if kind == "a node's memory is full":
             node = draw.randrange(len(self.site.nodes))
             self.site.fill_memory(node)
-            self._conditions.append(
-                Condition("memory", time.monotonic() + 15, lambda: self.site.free_memory(node))
-            )
+            self._conditions.append(Condition("memory", time.monotonic() + 15, lambda: self.site.free_memory(node)))
             self._made(plan, Done(kind, {"node": node}), None, None)
             return
         done = kinds.damage(kind, self.site, places, draw)
@@ -407,14 +335,16 @@ class Campaign:
             raise Violation("the last step is saved nowhere")
         for final in finals:
             if not final.damaged and (found_digest := digest(final)) != reference.digest:
-                raise Violation(f"the last step's tensors in {final.tier} differ from those without faults: {found_digest}")
+                raise Violation(
+                    f"the last step's tensors in {final.tier} differ from those without faults: {found_digest}"
+                )
         held = [str(path) for tier, _, root in blob_roots(self.site, places) for path in root.glob("*/rank-*/*")]
         if held:
             raise Violation(f"a complete run left {held}")
 
     def clear(self, places: RunPlaces) -> None:
         """Make room for the next run."""
-        self._launchers.end()
+        self.launchers.end()
         self._mend()
         shutil.rmtree(places.checkpoint_dir, ignore_errors=True)
         for name in self.site.objects(places.uri):
@@ -426,7 +356,7 @@ class Campaign:
 class _Watch:
     """Raises when a job gives no sign of life for too long."""
 
-    def __init__(self, job: Job, seconds: float):
+    def __init__(self, job: Job):
         self._job = job
         self._signs = job.signs_of_life()
         self._since = time.monotonic()
@@ -438,20 +368,27 @@ class _Watch:
             raise Violation(f"no sign of life for {seconds:.0f} s:\n{self._job.dump_stacks()}")
 
 
-def run_campaign(root: Path, *, seed: int, num_faults: int) -> tuple[Statistics, str | None]:
+def run_campaign(root: Path, *, seed: int, num_faults: int, num_reshapes: int = 0) -> tuple[Statistics, str | None]:
     """What happened, and what was violated or None."""
     with open_site(root) as site:
         campaign = Campaign(site, seed=seed, num_faults=num_faults)
         try:
             campaign.run()
+            if num_reshapes:
+                from tests.faults.reshape import Reshaping
+
+                Reshaping(campaign, num_changes=num_reshapes).run()
         except Violation as violation:
             return campaign.statistics, str(violation)
         return campaign.statistics, None
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Break a training again and again; it must end as if nothing had been.")
+    parser = argparse.ArgumentParser(
+        description="Break a training again and again; it must end as if nothing had been."
+    )
     parser.add_argument("--faults", type=int, default=200, help="how many to make")
+    parser.add_argument("--reshapes", type=int, default=10, help="starts on other numbers of ranks after that")
     parser.add_argument("--seed", type=int, help="default: the time")
     parser.add_argument("--keep", type=Path, help="a new folder for logs and runs; default: removed when all is well")
     arguments = parser.parse_args()
@@ -463,12 +400,14 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}, {arguments.faults} faults, logs in {root}", flush=True)
     began_at = time.monotonic()
-    statistics_, violation = run_campaign(root, seed=seed, num_faults=arguments.faults)
+    statistics_, violation = run_campaign(root, seed=seed, num_faults=arguments.faults, num_reshapes=arguments.reshapes)
     print(f"\n{statistics_.table()}\nseconds: {time.monotonic() - began_at:.0f}")
     if violation is not None:
         print(f"\nVIOLATED after {statistics_.num_faults} faults: {violation}")
         print(f"\nfault log {root / 'faults.jsonl'}, runs and logs in {root}")
-        print(f"again: python -m tests.faults.chaos --faults {arguments.faults} --seed {seed}")
+        print(
+            f"again: python -m tests.faults.chaos --faults {arguments.faults} --reshapes {arguments.reshapes} --seed {seed}"
+        )
         return 1
     print("\nevery loss, norm and weight is bit for bit that of the runs without faults")
     if arguments.keep is None:

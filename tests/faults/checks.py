@@ -31,7 +31,9 @@ class Reference:
 
 
 def validation_loss(places: RunPlaces) -> float:
-    found = [one["validation_loss"] for one in read_json_lines(places.run_dir / "metrics.jsonl") if "validation_loss" in one]
+    found = [
+        one["validation_loss"] for one in read_json_lines(places.run_dir / "metrics.jsonl") if "validation_loss" in one
+    ]
     if len(found) != 1:
         raise Violation(f"found {len(found)} validations in metrics.jsonl, expected one")
     return float(found[0])
@@ -130,7 +132,7 @@ def must_have_survived(job: Job, loss: Loss, reference: Reference) -> int:
     if not has_alarms:
         for tier in (DISK, S3, *(() if loss.disks else (LOCAL,))):
             sure += steps[tier][:-1]
-    if job.step() < reference.last_step:  # at its end a run gives its memory back
+    if job.has_memory and job.step() < reference.last_step:  # at its end a run gives its memory back
         in_memory = [int(one["step"]) for one in saved]
         if not loss.memory:
             sure += [step for step in in_memory if step < job.step()]

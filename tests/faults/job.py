@@ -63,6 +63,7 @@ class Job:
         self.folder = folder
         self.num_nodes, self.ranks_per_node = shape
         self.run_dir = Path(flags["run_dir"])
+        self.has_memory = flags["in_memory_checkpointing_freq"] > 0
         self._argv = processes.command(**flags)
         self._port = port
         self.started_at = 0.0

@@ -49,7 +49,9 @@ DISTURBANCES = (
     "the shared disk is full",
 )
 # Happen while nothing runs.
-DAMAGES = tuple(f"{what} {tier}" for tier in TIERS for what in ("flip a byte in", "cut off a file in", "delete a file in"))
+DAMAGES = tuple(
+    f"{what} {tier}" for tier in TIERS for what in ("flip a byte in", "cut off a file in", "delete a file in")
+)
 DAMAGES_AT_START = ("a node's memory is full",)
 ALL_KINDS = tuple(dict.fromkeys((*ENDINGS, *DISTURBANCES, *DAMAGES, *DAMAGES_AT_START)))
 

@@ -135,7 +135,11 @@ def open_site(root: Path, *, num_nodes: int = 2) -> Iterator[Site]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SHARED_BYTES}", "tmpfs", str(shared)], check=True)
     before = dict(os.environ)
     try:
-        with moto() as server, FaultProxy(server.endpoint) as proxy, cluster(num_nodes, shm_bytes=_MEMORY_BYTES) as nodes:
+        with (
+            moto() as server,
+            FaultProxy(server.endpoint) as proxy,
+            cluster(num_nodes, shm_bytes=_MEMORY_BYTES) as nodes,
+        ):
             os.environ.update(environment(server.endpoint))
             server.create_bucket(BUCKET)
             with contextlib.ExitStack() as listeners:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from hypershard.checkpoint.blob import HEAD_BYTES, blob_damage
 from hypershard.checkpoint.lineage import UNREADABLE, Lineage
 from hypershard.checkpoint.manifest import Place, StoredCheckpoint
 from hypershard.checkpoint.metadata import read_metadata, read_tensors
-from hypershard.checkpoint.node_blobs import Blob, blobs_below, run_root
+from hypershard.checkpoint.node_blobs import Blob, blobs_below
 from hypershard.checkpoint.stores import DiskStore, S3Store
 from hypershard.errors import CheckpointError
 from hypershard.s3 import S3Uri
@@ -94,7 +95,7 @@ def blob_roots(site: Site, places: RunPlaces, *, num_nodes: int | None = None) -
     found = []
     for node in site.nodes[:num_nodes]:
         for tier, folder in ((MEMORY, node.shm), (LOCAL, site.disk(node.number))):
-            if (root := run_root(folder, run)) is not None:
+            if (root := folder / f"hypershard-{os.getuid()}" / run).is_dir():
                 found.append((tier, node.number, root))
     return found
 
@@ -123,12 +124,7 @@ def _in_blobs(site: Site, places: RunPlaces, num_nodes: int | None) -> tuple[lis
         if not all(parts.values()):
             continue
         good = [_good(copies) for copies in parts.values()]
-        bad = [
-            _short(str(blob.path))
-            for part, copies in parts.items()
-            for blob in copies
-            if good[part] is None
-        ]
+        bad = [_short(str(blob.path)) for part, copies in parts.items() for blob in copies if good[part] is None]
         whole.append(Candidate(tier, lineage, step, 1, tuple(bad), tuple(blob for blob in good if blob is not None)))
     return whole, broken
 

@@ -20,6 +20,8 @@ from tests.integration.processes import (
     wait_for_step,
 )
 
+from hypershard.metrics.sinks import read_json_lines
+
 pytestmark = pytest.mark.slow
 
 
@@ -124,3 +126,17 @@ def test_epochs_end_a_run_once(tmp_path: Path) -> None:
     per_epoch = steps(run_dir)[-1]["tokens"] / 2
     output = train_well(run_dir=tmp_path / "one", nproc_per_node=2, **{**flags, "epochs": 1})
     assert abs(steps(tmp_path / "one")[-1]["tokens"] - per_epoch) <= 64 * 4, output
+
+
+def test_minutes_and_sigusr2_save_without_a_stop(uninterrupted: Path, tmp_path: Path) -> None:
+    """A save every hundredth of a minute on a run that saves by no steps; and one more for the signal."""
+    process = start(command(run_dir=tmp_path, nproc_per_node=2, checkpoint_freq="none", checkpoint_minutes=0.01))
+    wait_for_step(tmp_path, 3, process)
+    for rank in ranks_of(process):
+        os.kill(rank, signal.SIGUSR2)
+    code, output = finish(process)
+    assert code == 0, output
+    records = read_json_lines(tmp_path / "events.jsonl")
+    saved = [record["step"] for record in records if "disk" in record.get("tiers", ())]
+    assert saved, "something was saved before the end"
+    assert history(tmp_path) == history(uninterrupted)

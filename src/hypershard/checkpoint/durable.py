@@ -87,7 +87,10 @@ class DurableTier:
         return CheckpointRecord(step, stored.location, stored.attempt, lineage)
 
     def _new_folder(self, step: int) -> int:
-        """Make a fresh folder for `step` and return its attempt. Torn ones of earlier crashes go first: only one save runs at a time here."""
+        """Make a fresh folder for `step` and return its attempt.
+
+        Torn ones of earlier crashes go first: only one save runs at a time here.
+        """
         existing = self.place.stored()
         for torn in existing:
             if not torn.is_finished:

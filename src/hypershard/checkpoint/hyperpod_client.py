@@ -145,7 +145,7 @@ class Namespace:
             body = Body(content, deadline=time.monotonic() + seconds[1])
             client.put_checkpoint(step, body, rank=rank, timeout=seconds)
 
-        self._ask(f"putting step {step} of rank {rank} into", put, size_bytes=size_bytes)
+        self._ask(f"putting shard {rank} of step {step} into", put, size_bytes=size_bytes)
 
     def get(self, rank: int, step: int, *, size_bytes: int = 0) -> bytes | None:
         """One shard of about `size_bytes`, or None when there is none.
@@ -157,7 +157,7 @@ class Namespace:
             return client.get_checkpoint(step, rank=rank, timeout=seconds)
 
         try:
-            return self._ask_twice(f"reading step {step} of rank {rank} from", get, size_bytes=size_bytes)
+            return self._ask_twice(f"reading shard {rank} of step {step} from", get, size_bytes=size_bytes)
         except _Nonsense as error:
             raise DamagedCheckpoint(str(error), shared_by_all_ranks=False) from error
 
@@ -184,7 +184,7 @@ class Namespace:
             client.delete_checkpoint(step, rank=rank, timeout=seconds)
 
         with contextlib.suppress(_Absent):
-            self._ask(f"deleting step {step} of rank {rank} from", drop)
+            self._ask(f"deleting shard {rank} of step {step} from", drop)
 
     def delete(self) -> None:
         """Delete it with all it holds; being gone already is fine."""

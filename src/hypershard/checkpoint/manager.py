@@ -24,12 +24,11 @@ from .policy import seconds_to_stop, steps_to_delete
 from .restore import Search, restore_newest
 from .slots import Slot
 from .snapshot import Snapshot, take_snapshot
-from .stores import Store
+from .stores import RUN_FILE, Store
 from .tier import CheckpointRecord, Tier
 
 MEMORY, LOCAL = "memory", "local"  # the tiers on the nodes among what is due
 NODE_TIERS = frozenset((MEMORY, LOCAL))
-RUN_FILE = "run-id"
 
 
 @dataclass

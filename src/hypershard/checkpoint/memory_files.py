@@ -32,9 +32,14 @@ OWN, COPIES = "own", "copies"
 BLOB_PATH = re.compile(r"(own|copies)/rank-\d{5,}/(slot-\d+|step-\d{8,}\.blob)")  # all that an agent may serve
 
 
+def user_folder(directory: Path) -> Path:
+    """Where all runs of this user lie below `directory`."""
+    return directory / f"hypershard-{os.getuid()}"
+
+
 def job_root(directory: Path, job: str) -> Path:
     """Folder of one run's files below `directory`, for this user alone."""
-    root = directory / f"hypershard-{os.getuid()}" / job
+    root = user_folder(directory) / job
     with readable_errors(root, "creating"):
         for folder in (root.parent, root):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -84,7 +89,7 @@ def claim(path: Path, size_bytes: int) -> None:
 
 def scan(root: Path) -> Iterator[tuple[Path, BlobTable]]:
     """All finished blobs below `root` and what they say of themselves; a damaged table is named and passed over."""
-    for path in sorted(root.glob("*/rank-*/*")):
+    for path in sorted(root.glob("*/rank-*/[!.]*")):  # not what is being written
         try:
             table = read_table(FileSource(path))
         except DamagedCheckpoint as error:

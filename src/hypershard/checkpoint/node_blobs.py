@@ -20,6 +20,7 @@ from ..storage import readable_errors
 from .agent_client import LOCK_FILE
 from .blob import BlobTable, blob_damage, read_table
 from .lineage import Lineage
+from .memory_files import user_folder
 from .sums import FileSource, Source
 
 _RUN_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
@@ -100,7 +101,7 @@ def run_root(directory: Path, run: str) -> Path | None:
     """
     if not _RUN_ID.fullmatch(run):
         raise StorageError(f"found {run!r} as the id of a run, expected letters and digits")
-    root = directory / f"hypershard-{os.getuid()}" / run
+    root = user_folder(directory) / run
     for folder in (root.parent, root):
         try:
             found = folder.lstat()
@@ -160,7 +161,7 @@ class RunMemory:
 
 def runs_in(directory: Path) -> list[RunMemory]:
     """All of this user's runs with files below `directory` (--memory_tier_dir)."""
-    user_root = directory / f"hypershard-{os.getuid()}"
+    user_root = user_folder(directory)
     if not user_root.is_dir():
         return []
     mapped = _mapped_files()

@@ -19,6 +19,7 @@ from ..units import format_bytes
 from .sums import BLOCK_BYTES, FileSource, Source
 
 MANIFEST = "MANIFEST.json"
+RUN_FILE = "run-id"  # which run a place belongs to, beside its checkpoints
 # A request to a bucket for a listing or a small object; large objects have their checkpoint's own limit.
 _SMALL_SECONDS = 120.0
 

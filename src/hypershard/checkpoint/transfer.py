@@ -18,12 +18,11 @@ from typing import Any
 from ..errors import CheckpointError, DamagedCheckpoint, StorageError
 from ..log import logger
 from .manifest import Manifest, Place, StoredCheckpoint, find_place, folder_name, stored_checkpoints
-from .stores import MANIFEST, DiskStore, Store
+from .stores import MANIFEST, RUN_FILE, DiskStore, Store
 from .sums import BLOCK_BYTES, FileSum, Source, damage_of, num_blocks, read_verified
 
 # Each file of a bucket is read by several connections at once, so fewer files keep them all busy.
 _LOCAL_FILES, _REMOTE_FILES = 4, 2
-RUN_FILE = "run-id"
 _BELONGINGS = (
     ("", RUN_FILE),
     ("", "config.yaml"),

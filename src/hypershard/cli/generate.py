@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.manifest import StoredCheckpoint, existing_place
+from ..checkpoint.survey import survey
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError
 from ..models.family import family_of
@@ -39,8 +40,8 @@ def run(argv: Sequence[str]) -> int:
     from ..data.tokenizer import load_tokenizer
 
     place = existing_place(args.run_dir)
-    finished = place.finished()
-    if not finished:
+    whole = [found.stored for found in survey(place) if found.is_complete]
+    if not whole:
         raise CheckpointError(
             f"{args.run_dir}: found no finished checkpoint; expected a run directory with checkpoints/"
         )
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         if tokenizer_path is None:
             raise CheckpointError(f"found no tokenizer beside {place.store.location}; give --tokenizer")
         tokenizer = load_tokenizer(tokenizer_path)
-        return _generate(args, tokenizer, *_load(finished[0]))
+        return _generate(args, tokenizer, *_load(whole[0]))
 
 
 def _generate(args: argparse.Namespace, tokenizer: TextTokenizer, model: Any, eos_token_id: int | None) -> int:

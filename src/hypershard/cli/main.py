@@ -12,7 +12,7 @@ from .. import __version__
 VERBS = {
     "train": "train a model; see `hypershard train --help`",
     "prepare": "turn text into token bins",
-    "checkpoint": "list, verify and export checkpoints",
+    "checkpoint": "list, verify, copy, prune, compare and export checkpoints",
     "generate": "let a trained model continue a text",
     "report": "show a run: its curve, speed and whereabouts",
 }

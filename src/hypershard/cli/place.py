@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..checkpoint.manifest import Place
 from ..checkpoint.stores import DiskStore
-from ..data.tokenizer import kept_tokenizer
 from ..errors import StorageError
 from ..storage import local_path
 
@@ -22,6 +21,8 @@ def place_tokenizer(place: Place, given: str | None) -> Iterator[Path | None]:
 
     From a bucket it is fetched into a folder that lives as long as the block.
     """
+    from ..data.tokenizer import kept_tokenizer
+
     if given is not None:
         yield local_path(given, flag="--tokenizer")
     elif isinstance(place.store, DiskStore):

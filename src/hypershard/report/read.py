@@ -13,7 +13,10 @@ from ..metrics.sinks import read_json_lines
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first."""
+    """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first.
+
+    `alarms`: what went wrong beside the training, with its time in seconds since 1970.
+    """
 
     run_dir: Path
     steps: tuple[int, ...]
@@ -25,6 +28,7 @@ class RunSummary:
     mfu: float | None
     memory_bytes: int
     checkpoint_steps: tuple[int, ...]
+    alarms: tuple[tuple[float, str], ...]
 
 
 def read_run(run_dir: Path) -> RunSummary:
@@ -47,6 +51,7 @@ def read_run(run_dir: Path) -> RunSummary:
         mfu=statistics.median(utilisations) if utilisations else None,
         memory_bytes=max(record["memory_bytes"] for record in training),
         checkpoint_steps=_checkpoint_steps(run_dir),
+        alarms=_alarms(run_dir),
     )
 
 
@@ -61,4 +66,11 @@ def _total_seconds(training: list[dict[str, Any]]) -> float:
 
 def _checkpoint_steps(run_dir: Path) -> tuple[int, ...]:
     manifests = sorted((run_dir / "checkpoints").glob("step-*/MANIFEST.json"))
-    return tuple(int(path.parent.name.removeprefix("step-")) for path in manifests)
+    # A step that was saved again has a number behind it: step-00000060.2
+    return tuple(sorted({int(path.parent.name.removeprefix("step-").partition(".")[0]) for path in manifests}))
+
+
+def _alarms(run_dir: Path) -> tuple[tuple[float, str], ...]:
+    events = run_dir / "events.jsonl"
+    records = read_json_lines(events) if events.exists() else []
+    return tuple((record["at"], record["text"]) for record in records if record.get("event") == "alarm")

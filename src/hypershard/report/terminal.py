@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Sequence
 
 from ..units import format_bytes, format_count, format_seconds
 from .read import RunSummary
+
+_ALARMS_SHOWN = 5
 
 
 def render(run: RunSummary) -> str:
@@ -27,6 +30,10 @@ def render(run: RunSummary) -> str:
     lines.append(f"memory     {format_bytes(run.memory_bytes)} at most on rank 0")
     steps = ", ".join(map(str, run.checkpoint_steps)) or "none"
     lines.append(f"checkpoint steps {steps}")
+    for at, text in run.alarms[-_ALARMS_SHOWN:]:
+        lines.append(f"ALARM      {datetime.datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}  {text}")
+    if len(run.alarms) > _ALARMS_SHOWN:
+        lines.append(f"           and {len(run.alarms) - _ALARMS_SHOWN} alarms before these, in events.jsonl")
     lines.append(f"run        {run.run_dir}")
     return "\n".join(lines)
 
