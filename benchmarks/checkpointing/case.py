@@ -133,9 +133,7 @@ class Bench:
         """The tiers that a run with these checkpoint settings has, begun after step 0."""
         section: CheckpointConfig = dataclasses.replace(self.checkpoint_config, **changes)
         surroundings = read_surroundings(self.ranks)
-        made = build_checkpoints(
-            section, self.world, checkpoint_dir=folder, surroundings=surroundings, alarm=_refuse
-        )
+        made = build_checkpoints(section, self.world, checkpoint_dir=folder, surroundings=surroundings, alarm=_refuse)
         if made.saves:
             made.begin(0, job.tensors(), job.facts(Progress()))
         return made

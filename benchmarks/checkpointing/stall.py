@@ -22,7 +22,8 @@ from hypershard.distributed.process_group import new_host_group
 from hypershard.train.setup import Job
 from hypershard.train.state import Progress
 
-from .case import Bench, Case
+from . import gpu
+from .case import Bench, Case, local_part
 
 PLAIN, SHARED, MEMORY, BOTH = "plain copy", "plain copy to /dev/shm", "memory tier", "memory tier + shared disk"
 _PAGE_BYTES = 4096
@@ -70,8 +71,6 @@ def _copies(name: str, buffers: Sequence[torch.Tensor], job: Job, bench: Bench) 
 
 
 def take_parts(job: Job) -> list[torch.Tensor]:
-    from .case import local_part
-
     return [local_part(tensor) for tensor in job.tensors().values()]
 
 
@@ -187,7 +186,7 @@ def methods(case: Case, bench: Bench, job: Job) -> tuple[list[Method], dict[str,
         ),
         saves.background("dcp.async_save thread, default stager", lambda step: {"checkpoint_id": saves.path(step)}),
         saves.background(
-            "dcp.async_save thread, writer as stager (default)", lambda step: {"storage_writer": saves.writer(step)}
+            "dcp.async_save thread, writer as stager", lambda step: {"storage_writer": saves.writer(step)}
         ),
         saves.background(
             "dcp.async_save process, stager reused",
@@ -224,9 +223,11 @@ def measure(case: Case, bench: Bench, job: Job) -> dict[str, Any]:
             way.clean(step)
             if bench.ranks.is_main:
                 os.sync()  # what one method left to be written must not slow the next one
+    stream = gpu.measure(bench, job, manager, ways[0].save, case.rounds) if bench.on_gpu else None
     manager.close(is_complete=True)
     Path(case.memory_dir, f"plain-{bench.ranks.rank}").unlink()
     return {
+        "stream_seconds": stream,
         "missing": missing,
         "methods": {
             name: {"first": rows[0], "rounds": rows[1:]} for name, rows in samples.items() if name not in missing

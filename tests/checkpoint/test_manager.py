@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.hyperpod_daemon import hyperpod_daemon
 from tiny import blank, disk, manager_of, same, save, values
 
 from hypershard.checkpoint.cadence import Cadence, Measured
@@ -318,6 +319,28 @@ def take(tensors: dict[str, torch.Tensor]) -> Snapshot:
     from hypershard.checkpoint.snapshot import take_snapshot
 
     return take_snapshot(tensors)
+
+
+def test_hyperpods_daemon_brings_back_what_the_node_lost_and_is_missed_with_an_alarm(tmp_path: Path) -> None:
+    (tmp_path / "shm").mkdir()
+    with hyperpod_daemon() as daemon:
+        places = {"home": tmp_path / "home", "memory_dir": tmp_path / "shm", "hyperpod_url": daemon.url}
+        alarms: list[str] = []
+        first = manager_of(**places, alarms=alarms)
+        for step in (1, 2):
+            save(first, step)
+        assert alarms == []
+        for slot in (tmp_path / "shm").rglob("slot-*"):
+            slot.unlink()
+        second, found = manager_of(**places, alarms=alarms), blank()
+        assert second.restore(found)["step"] == 2 and same(found, values(2))
+        assert second._search.tier == "hyperpod"
+        second.begin(2, values(2), {})
+        with daemon.refusing():
+            save(second, 3)
+        assert len(alarms) == 1 and "step 3: not in HyperPod's memory" in alarms[0]
+        third, found = manager_of(**places), blank()
+        assert third.restore(found)["step"] == 3, "the node's own memory has it"
 
 
 def test_full_shared_memory_is_an_error_with_figures(small_disk: Path, tmp_path: Path) -> None:

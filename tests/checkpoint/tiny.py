@@ -54,11 +54,12 @@ def manager_of(
     memory_dir: Path | None = None,
     memory_every: int | str | None = 1,
     local_dir: Path | None = None,
+    hyperpod_url: str | None = None,
     alarms: list[str] | None = None,
 ) -> CheckpointManager:
     """A manager of these tiers, which save when asked; memory (every step by default) and local disk where given."""
     control = Peers(group)
-    settings = NodeSettings(memory_dir, 1, local_dir, 2, Surroundings())
+    settings = NodeSettings(memory_dir, 1, local_dir, 2, Surroundings(), hyperpod_url)
     homes = [DiskStore(home)] if home else [tier.store for tier in tiers]
     return CheckpointManager(
         NodeTiers(settings, peers=control, device=torch.device("cpu")),

@@ -29,6 +29,7 @@ from tests.faults.kinds import Condition, Done, Loss
 from tests.faults.place import Site, open_site
 from tests.faults.plans import Moment, Plan, Planner
 from tests.faults.survivors import TIERS, RunPlaces, blob_roots, digest, look
+from tests.integration import processes
 from tests.nodes import nodes_available
 
 LAST_STEP = 60
@@ -93,14 +94,14 @@ class Campaign:
         self._was_hindered = False  # by a full disk, full memory or S3: a start may be refused then
         self._num_refused_in_row = 0
         self._num_ports = 0
-        self._log = open(site.root / "faults.jsonl", "a", encoding="utf-8")
+        self._log = site.root / "faults.jsonl"
         self._began_at = time.monotonic()
 
     def say(self, text: str, **more: Any) -> None:
         seconds = time.monotonic() - self._began_at
         print(f"{seconds:7.1f} s  {text}", flush=True)
-        self._log.write(json.dumps({"seconds": round(seconds, 2), "text": text, **more}) + "\n")
-        self._log.flush()
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"seconds": round(seconds, 2), "text": text, **more}) + "\n")
 
     # --- runs ------------------------------------------------------------------------------------------------
 
@@ -144,9 +145,7 @@ class Campaign:
             self.launchers.end()
             final = look(self.site, places).best()
             assert final is not None and final.step == LAST_STEP
-            from tests.integration.processes import history
-
-            lines = {line[0]: line for line in history(places.run_dir)}
+            lines = {line[0]: line for line in processes.history(places.run_dir)}
             self._references[shape] = Reference(lines, checks.validation_loss(places), digest(final))
             self.clear(places)
             self.say(f"the run without faults on {shape[0]} x {shape[1]} ranks is done")
@@ -326,7 +325,7 @@ class Campaign:
 
     def _check_end(self, places: RunPlaces, reference: Reference) -> None:
         self._mend()
-        if len(checks.processes.history(places.run_dir)) != reference.last_step:
+        if len(processes.history(places.run_dir)) != reference.last_step:
             raise Violation("the run says that it is complete and is not")
         if (found := checks.validation_loss(places)) != reference.validation_loss:
             raise Violation(f"found validation loss {found}, without faults it is {reference.validation_loss}")
@@ -384,9 +383,7 @@ def run_campaign(root: Path, *, seed: int, num_faults: int, num_reshapes: int = 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Break a training again and again; it must end as if nothing had been."
-    )
+    parser = argparse.ArgumentParser(description="Break a training again and again.")
     parser.add_argument("--faults", type=int, default=200, help="how many to make")
     parser.add_argument("--reshapes", type=int, default=10, help="starts on other numbers of ranks after that")
     parser.add_argument("--seed", type=int, help="default: the time")
@@ -405,9 +402,8 @@ def main() -> int:
     if violation is not None:
         print(f"\nVIOLATED after {statistics_.num_faults} faults: {violation}")
         print(f"\nfault log {root / 'faults.jsonl'}, runs and logs in {root}")
-        print(
-            f"again: python -m tests.faults.chaos --faults {arguments.faults} --reshapes {arguments.reshapes} --seed {seed}"
-        )
+        again = f"--faults {arguments.faults} --reshapes {arguments.reshapes} --seed {seed}"
+        print(f"again: python -m tests.faults.chaos {again}")
         return 1
     print("\nevery loss, norm and weight is bit for bit that of the runs without faults")
     if arguments.keep is None:

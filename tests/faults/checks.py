@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hypershard.metrics.sinks import read_json_lines
 from tests.faults.job import Job, Violation
 from tests.faults.kinds import Loss
 from tests.faults.survivors import DISK, LOCAL, MEMORY, S3, RunPlaces, Survivors
 from tests.integration import processes
+
+from hypershard.metrics.sinks import read_json_lines
 
 _RESTORED = re.compile(r"restored step (\d+) from (.*)")
 _SURPRISE = "Traceback (most recent call last)"

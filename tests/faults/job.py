@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hypershard.checkpoint.agent_client import AGENT_MODULE
-from hypershard.metrics.sinks import read_json_lines
 from tests.faults.place import Site
 from tests.integration import processes
+
+from hypershard.checkpoint.agent_client import AGENT_MODULE
+from hypershard.metrics.sinks import read_json_lines
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _APPEAR_SECONDS = 20.0

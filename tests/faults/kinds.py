@@ -7,16 +7,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypershard.s3 import S3Uri
 from tests.faults.job import Job, Launchers
 from tests.faults.place import Site
 from tests.faults.survivors import DISK, LOCAL, MEMORY, S3, TIERS, RunPlaces, blob_roots
 from tests.s3_server import Fault, Rule
+
+from hypershard.s3 import S3Uri
 
 # End a start. A kind that stands twice comes twice as often.
 ENDINGS = (
@@ -93,51 +94,47 @@ class Condition:
 
 def end(kind: str, job: Job, launchers: Launchers, draw: random.Random) -> tuple[Done, Loss] | None:
     """Make a fault that ends the job; None when it came too late."""
-    ranks, site = list(range(job.world_size)), job.site
-    node = draw.randrange(len(site.nodes))
-    if kind == "kill one rank":
-        victims = [draw.choice(ranks)]
-    elif kind == "kill some ranks":
-        victims = draw.sample(ranks, max(1, len(ranks) - 1))
-    elif kind in ("kill all ranks", "lose the memory of all nodes", "lose memory and disks of all nodes", "SIGTERM"):
-        victims = ranks
-    elif kind == "stop a rank, then kill it":
-        victims = [draw.choice(ranks)]
+    node = draw.randrange(job.num_nodes)
+    if kind == "lose a node":
+        return _lose_node(job, launchers, node, with_disk=draw.random() < 0.5)
+    victims = _victims(kind, job, node, draw)
+    if kind == "stop a rank, then kill it":
         if not job.send(victims, signal.SIGSTOP):
             return None
         time.sleep(draw.uniform(0.2, 2))
-    else:
-        victims = [rank for rank in ranks if job.node_of(rank) == node]
-    if kind == "lose a node":
-        return _lose_node(job, launchers, node, with_disk=draw.random() < 0.5)
     if not job.send(victims, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL):
         return None
     if kind == "SIGTERM":
         return Done(kind, {}), Loss(was_asked=True)
+    if not kind.startswith("lose"):
+        return Done(kind, {"ranks": victims}), Loss()
+    job.end_all()
+    nodes = frozenset({node} if kind == "lose a node's memory" else range(len(job.site.nodes)))
+    loss = Loss(memory=nodes, disks=nodes if "disks" in kind else frozenset())
+    _lose(job, launchers, loss)
+    return Done(kind, {"nodes": sorted(nodes)}), loss
+
+
+def _victims(kind: str, job: Job, node: int, draw: random.Random) -> list[int]:
+    ranks = list(range(job.world_size))
+    if kind in ("kill one rank", "stop a rank, then kill it"):
+        return [draw.choice(ranks)]
+    if kind == "kill some ranks":
+        return draw.sample(ranks, max(1, len(ranks) - 1))
     if kind == "lose a node's memory":
-        job.end_all()
-        launchers.end([node])
-        for number, pid in job.agent_pids().items():
-            if number == node:
-                _kill(pid)
-        site.clear_memory(node)
-        return Done(kind, {"node": node}), Loss(memory=frozenset({node}))
-    if kind in ("lose the memory of all nodes", "lose memory and disks of all nodes"):
-        job.end_all()
-        return Done(kind, {}), _lose_everywhere(job, launchers, with_disks="disks" in kind)
-    return Done(kind, {"ranks": victims}), Loss()
+        return [rank for rank in ranks if job.node_of(rank) == node]
+    return ranks
 
 
-def _lose_everywhere(job: Job, launchers: Launchers, *, with_disks: bool) -> Loss:
-    launchers.end()
-    for pid in job.agent_pids().values():
-        _kill(pid)
-    everywhere = frozenset(range(len(job.site.nodes)))
-    for number in everywhere:
-        job.site.clear_memory(number)
-        if with_disks:
-            job.site.clear_disk(number)
-    return Loss(memory=everywhere, disks=everywhere if with_disks else frozenset())
+def _lose(job: Job, launchers: Launchers, loss: Loss) -> None:
+    launchers.end(loss.memory)
+    for node, pid in job.agent_pids().items():
+        if node in loss.memory:
+            _kill(pid)
+    for node in loss.memory:
+        job.site.clear_memory(node)
+    for node in loss.disks:
+        job.site.clear_disk(node)
 
 
 def _lose_node(job: Job, launchers: Launchers, node: int, *, with_disk: bool) -> tuple[Done, Loss] | None:
@@ -165,10 +162,10 @@ def disturb(kind: str, job: Job, draw: random.Random) -> tuple[Done, Condition |
     """Make a fault that the training survives; None when there is nothing to be disturbed."""
     site, now = job.site, time.monotonic()
     if kind.startswith("S3"):
-        rules, details = _s3_rules(kind, draw)
+        rule, details = _s3_rules(kind, draw)
         longest = 30.0 if kind == "S3 is out" else 8.0
         seconds = draw.uniform(0.5, longest)
-        site.break_bucket(*rules)
+        site.break_bucket(rule)
         return Done(kind, {**details, "seconds": round(seconds, 1)}), Condition("s3", now + seconds, site.mend_bucket)
     if kind == "the shared disk is full":
         seconds = draw.uniform(0.2, 3)
@@ -204,32 +201,30 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _s3_rules(kind: str, draw: random.Random) -> tuple[Sequence[Rule], dict[str, Any]]:
+def _s3_rules(kind: str, draw: random.Random) -> tuple[Rule, dict[str, Any]]:
     times = draw.choice((1, 2, 3, None))  # of each request; None: all
-    if kind == "S3 answers 503":
-        return [Rule(Fault(status=503), times=times)], {"times": times}
-    if kind == "S3 answers 500":
-        return [Rule(Fault(status=500), times=times)], {"times": times}
-    if kind == "S3 resets connections":
-        when = draw.choice(("before", "after", "middle"))
-        return [Rule(Fault(reset=when), times=times)], {"times": times, "when": when}
-    if kind == "S3 stalls":
-        method = draw.choice(("GET", "PUT", "POST", ""))
-        return [Rule(Fault(stall=True), method=method)], {"method": method}
-    if kind == "S3 is slow":
-        speed = draw.choice((10_000, 100_000, 1_000_000))
-        return [Rule(Fault(bytes_per_second=speed, read_bytes_per_second=speed))], {"bytes_per_second": speed}
-    if kind == "S3 flips bits of uploads":
-        return [Rule(Fault(flip_upload=True), method="PUT", words=_OBJECTS, times=times)], {"times": times}
-    if kind == "S3 flips bits of downloads":
-        return [Rule(Fault(flip_download=True), method="GET", words=_OBJECTS, times=times)], {"times": times}
-    if kind == "S3 cuts bodies":
-        return [Rule(Fault(truncate=True), method="GET", times=times)], {"times": times}
-    if kind == "S3 says 200 with an error in it":
-        return [Rule(Fault(error_in_200=True), method="POST", times=times)], {"times": times}
-    assert kind == "S3 is out", kind
-    fault = draw.choice((Fault(status=503), Fault(reset="before"), Fault(stall=True)))
-    return [Rule(fault)], {"how": "stalls" if fault.stall else fault.reset and "resets" or 503}
+    when = draw.choice(("before", "after", "middle"))
+    method = draw.choice(("GET", "PUT", "POST", ""))
+    speed = draw.choice((10_000, 100_000, 1_000_000))
+    out = draw.choice((Fault(status=503), Fault(reset="before"), Fault(stall=True)))
+    slow = Fault(bytes_per_second=speed, read_bytes_per_second=speed)
+    flip_up, flip_down = Fault(flip_upload=True), Fault(flip_download=True)
+    found: dict[str, tuple[Rule, dict[str, Any]]] = {
+        "S3 answers 503": (Rule(Fault(status=503), times=times), {"times": times}),
+        "S3 answers 500": (Rule(Fault(status=500), times=times), {"times": times}),
+        "S3 resets connections": (Rule(Fault(reset=when), times=times), {"times": times, "when": when}),
+        "S3 stalls": (Rule(Fault(stall=True), method=method), {"method": method}),
+        "S3 is slow": (Rule(slow), {"bytes_per_second": speed}),
+        "S3 flips bits of uploads": (Rule(flip_up, method="PUT", words=_OBJECTS, times=times), {"times": times}),
+        "S3 flips bits of downloads": (Rule(flip_down, method="GET", words=_OBJECTS, times=times), {"times": times}),
+        "S3 cuts bodies": (Rule(Fault(truncate=True), method="GET", times=times), {"times": times}),
+        "S3 says 200 with an error in it": (
+            Rule(Fault(error_in_200=True), method="POST", times=times),
+            {"times": times},
+        ),
+        "S3 is out": (Rule(out), {"how": "stalls" if out.stall else out.reset or out.status}),
+    }
+    return found[kind]
 
 
 # --- damage while nothing runs -------------------------------------------------------------------------------
@@ -294,9 +289,9 @@ def _damage_object(what: str, site: Site, uri: S3Uri, offset_share: float, bit: 
     content = bytearray(site.read_object(uri))
     offset, size = int(offset_share * len(content)), len(content)
     if what == "cut off a file in":
-        site.write_object(uri, content[:offset])
+        site.write_object(uri, bytes(content[:offset]))
         return {"at": offset, "of": size}
     if content:
         content[offset] ^= 1 << bit
-        site.write_object(uri, content)
+        site.write_object(uri, bytes(content))
     return {"at": offset, "of": size, "bit": bit}

@@ -1,4 +1,4 @@
-"""Where the chaos happens: nodes with memory and a disk each, a disk that all share, a bucket behind a breaking proxy."""
+"""Where it happens: nodes with memory and a disk each, a disk that all share, a bucket behind a proxy that breaks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypershard.s3 import S3, Deadline, S3Uri
 from tests.nodes import Node, cluster
 from tests.s3_server import FaultProxy, Rule, Server, _Handler, _Listener, environment, moto
+
+from hypershard.s3 import S3, Deadline, S3Uri
 
 BUCKET = "chaos"
 S3_PORT = 9000  # on each node's own loopback

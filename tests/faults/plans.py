@@ -11,7 +11,7 @@ from tests.faults import kinds
 
 @dataclass(frozen=True)
 class Moment:
-    """So many seconds after the processes were started, or so many steps (and seconds) after the first of this start."""
+    """So many seconds after the processes were started, or so many steps (and seconds) after this start's first."""
 
     seconds: float
     steps: int | None = None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tests.faults.place import Site
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hypershard.checkpoint.blob import HEAD_BYTES, blob_damage
@@ -24,7 +25,6 @@ from hypershard.checkpoint.node_blobs import Blob, blobs_below
 from hypershard.checkpoint.stores import DiskStore, S3Store
 from hypershard.errors import CheckpointError
 from hypershard.s3 import S3Uri
-from tests.faults.place import Site
 
 MEMORY, LOCAL, DISK, S3 = "memory", "local", "disk", "s3"
 TIERS = (MEMORY, LOCAL, DISK, S3)
@@ -136,7 +136,7 @@ def _good(copies: Sequence[Blob]) -> Blob | None:
 def _short(text: str) -> str:
     """The end of a blob's path, which is the same seen from its node, from another one and from here."""
     at = max(text.find("own/rank-"), text.find("copies/rank-"))
-    return text[at:].split(":")[0].split()[0]
+    return text[at:].split(":", maxsplit=1)[0].split(maxsplit=1)[0]
 
 
 def _stored(tier: str, stored: StoredCheckpoint) -> Candidate:

@@ -6,6 +6,7 @@ step whose parts are all there, on whatever nodes, are one, for any number of ra
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..errors import CheckpointError, DamagedCheckpoint, StorageError
+from ..errors import DamagedCheckpoint, StorageError
 from ..log import logger
 from .agent_client import AgentSource
-from .blob import HEAD_BYTES, BlobTable, Item, blob_damage, read_table
+from .blob import HEAD_BYTES, BlobTable, Item, blob_damage
 from .dcp_format import Place, StoredFile, fill
+from .hyperpod import HyperPodMemory
 from .lineage import Lineage
 from .memory_files import scan
 from .metadata import check_same_model
@@ -36,7 +38,7 @@ from .tier import CheckpointRecord
 
 @dataclass(frozen=True)
 class Holding:
-    """A finished blob on one node. `path` counts from the root of its tier there."""
+    """A finished blob. `path` tells it from others on its node."""
 
     node: int
     path: str
@@ -47,74 +49,75 @@ class Holding:
     num_parts: int
 
 
-class BlobTier:
-    """Blobs of `job` below `root` on every node; `kind` is the agents' name for that folder."""
+class BlobTier(ABC):
+    """Blobs of one run wherever they lie. What a place must answer: what this rank can tell of it, and the bytes."""
 
-    def __init__(self, name: str, root: Path, *, kind: str, job: str, nodes: Nodes, peers: Peers):
+    def __init__(self, name: str, *, peers: Peers):
         self.name = name
         self.peers = peers
-        self._root = root
-        self._kind = kind
-        self._job = job
-        self._nodes = nodes
         self._held: dict[tuple[Lineage, int], list[Holding]] = {}
 
+    @abstractmethod
+    def _found(self) -> dict[str, BlobTable]:
+        """Path and table of every finished blob that this rank, and no other one, is to report."""
+
+    @abstractmethod
+    def _is_reported_here(self, holding: Holding) -> bool:
+        """Whether this rank reported it."""
+
+    @abstractmethod
+    def _source(self, holding: Holding, table: BlobTable) -> Source:
+        """The bytes of a blob, for this rank to read."""
+
+    @abstractmethod
+    def _drop(self, holding: Holding) -> None:
+        """Remove a blob that this rank reported."""
+
+    @property
+    def _own_node(self) -> int:
+        return 0
+
     def list(self) -> list[CheckpointRecord]:
-        found = self.peers.together(lambda: self._scan() if self._nodes.is_leader else [])
+        found = self.peers.together(
+            lambda: [
+                Holding(self._own_node, path, table.lineage, table.step, table.rank, table.part, table.num_parts)
+                for path, table in self._found().items()
+            ]
+        )
         self._held = {}
         for holding in (holding for node in found for holding in node):
             self._held.setdefault((holding.lineage, holding.step), []).append(holding)
         whole = [key for key, held in self._held.items() if _is_whole(held)]
-        for lineage, step in sorted(set(self._held) - set(whole), reverse=True):
-            held = self._held[lineage, step]
-            parts = {holding.part for holding in held}
-            logger.debug(f"step {step} in {self.name} has {len(parts)} of {held[0].num_parts} parts")
         return [
             CheckpointRecord(step, f"{self.name} step {step} (start {lineage.generation})", lineage=lineage)
             for lineage, step in sorted(whole, reverse=True)
         ]
 
-    def _scan(self) -> Sequence[Holding]:
-        return [
-            Holding(
-                self._nodes.own,
-                str(path.relative_to(self._root)),
-                table.lineage,
-                table.step,
-                table.rank,
-                table.part,
-                table.num_parts,
-            )
-            for path, table in scan(self._root)
-            if table.job == self._job
-        ]
-
     def lineages(self) -> set[Lineage]:
-        """All timelines that were seen by `list`, of whole checkpoints or not."""
         return {lineage for lineage, _ in self._held}
 
     def verify(self, record: CheckpointRecord) -> None:
-        """Every node reads what it holds itself; each part needs one blob that is as saved."""
+        """Who reported a blob reads it; each part needs one that is as saved."""
         held = self._held[record.lineage, record.step]
-        own = [holding for holding in held if holding.node == self._nodes.own] if self._nodes.is_leader else []
-        outcomes = self.peers.together(lambda: [(holding.part, self._damage(holding)) for holding in own])
+        own = [holding for holding in held if self._is_reported_here(holding)]
+        outcomes = self.peers.together(lambda: self._verdicts(own))
         verdicts = [verdict for node in outcomes for verdict in node]
         good = {part for part, damage in verdicts if damage is None}
         if len(good) < held[0].num_parts:
             damage = [text for part, text in verdicts if text is not None and part not in good]
-            raise DamagedCheckpoint("; ".join(damage))
+            raise DamagedCheckpoint("; ".join(damage) or f"{record.location} is no longer whole")
 
-    def _damage(self, holding: Holding) -> str | None:
-        source = FileSource(self._root / holding.path)
-        try:
-            table = read_table(source)
-        except DamagedCheckpoint as error:
-            return str(error)
-        return f"{source.name} has no valid head" if table is None else blob_damage(source, table)
+    def _verdicts(self, own: Sequence[Holding]) -> Sequence[tuple[int, str | None]]:
+        tables = self._tables_of(own)
+        return [
+            (holding.part, blob_damage(self._source(holding, table), table))
+            for holding in own
+            if (table := tables.get((holding.node, holding.path))) is not None
+        ]
 
     def load(self, record: CheckpointRecord, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         held = self._held[record.lineage, record.step]
-        gathered = self.peers.together(lambda: self._own_tables(held))
+        gathered = self.peers.together(lambda: self._tables_of(held))
         tables = {(node, path): table for tables in gathered for (node, path), table in tables.items()}
         by_part: dict[int, list[Holding]] = {}
         for holding in held:
@@ -136,19 +139,19 @@ class BlobTier:
 
         return self.peers.together(read)[0]
 
-    def _own_tables(self, held: Sequence[Holding]) -> dict[tuple[int, str], BlobTable]:
-        found: dict[tuple[int, str], BlobTable] = {}
-        if self._nodes.is_leader:
-            for holding in held:
-                if holding.node == self._nodes.own:
-                    table = read_table(FileSource(self._root / holding.path))
-                    # It may have been written anew since it was listed.
-                    if table is not None and (table.lineage, table.step) == (holding.lineage, holding.step):
-                        found[holding.node, holding.path] = table
-        return found
+    def _tables_of(self, held: Sequence[Holding]) -> dict[tuple[int, str], BlobTable]:
+        """The tables of blobs that this rank reported, as far as they are still what they were."""
+        own = [holding for holding in held if self._is_reported_here(holding)]
+        now = self._found() if own else {}
+        return {
+            (holding.node, holding.path): table
+            for holding in own
+            if (table := now.get(holding.path)) is not None
+            and (table.lineage, table.step) == (holding.lineage, holding.step)
+        }
 
     def _distance(self, holding: Holding) -> tuple[bool, int, str]:
-        return holding.node != self._nodes.own, holding.node, holding.path
+        return holding.node != self._own_node, holding.node, holding.path
 
     def _use_any(
         self,
@@ -157,32 +160,78 @@ class BlobTier:
         use: Callable[[StoredFile], None],
     ) -> None:
         """Read from the nearest blob of a part, and from the next one when that is damaged or out of reach."""
-        damage = []
+        damage: list[str] = []
         for holding in holdings:
-            source = self._source(holding)
+            table = tables[holding.node, holding.path]
+            source = self._source(holding, table)
+            if damage:
+                logger.warning(f"{damage[-1]}; another copy is read: {source.name}")
             try:
-                use(StoredFile(source, tables[holding.node, holding.path].payload, start=HEAD_BYTES))
+                use(StoredFile(source, table.payload, start=HEAD_BYTES))
                 return
-            except (DamagedCheckpoint, StorageError, OSError) as error:
-                text = str(error) if isinstance(error, CheckpointError | StorageError) else f"{source.name}: {error}"
-                logger.warning(f"{text}; another copy is tried")
-                damage.append(text)
+            except (DamagedCheckpoint, StorageError) as error:
+                damage.append(str(error))
+            except OSError as error:
+                damage.append(f"{source.name}: {error.strerror or error}")
         raise DamagedCheckpoint("; ".join(damage))
 
-    def _source(self, holding: Holding) -> Source:
+    def delete(self, record: CheckpointRecord) -> None:
+        held = self._held.get((record.lineage, record.step), [])
+        self.peers.together(lambda: [self._drop(holding) for holding in held if self._is_reported_here(holding)])
+
+
+class NodeBlobTier(BlobTier):
+    """Blobs of the run `job` below `root` on every node; `kind` is the agents' name for that folder."""
+
+    def __init__(self, name: str, root: Path, *, kind: str, job: str, nodes: Nodes, peers: Peers):
+        super().__init__(name, peers=peers)
+        self._root = root
+        self._kind = kind
+        self._job = job
+        self._nodes = nodes
+
+    @property
+    def _own_node(self) -> int:
+        return self._nodes.own
+
+    def _found(self) -> dict[str, BlobTable]:
+        if not self._nodes.is_leader:
+            return {}
+        return {str(path.relative_to(self._root)): table for path, table in scan(self._root) if table.job == self._job}
+
+    def _is_reported_here(self, holding: Holding) -> bool:
+        return self._nodes.is_leader and holding.node == self._nodes.own
+
+    def _source(self, holding: Holding, table: BlobTable) -> Source:
         if holding.node == self._nodes.own:
             return FileSource(self._root / holding.path)
         return AgentSource(self._nodes.agents[holding.node], self._kind, holding.path)
 
-    def delete(self, record: CheckpointRecord) -> None:
-        held = self._held.get((record.lineage, record.step), [])
+    def _drop(self, holding: Holding) -> None:
+        (self._root / holding.path).unlink(missing_ok=True)
 
-        def delete() -> None:
-            for holding in held:
-                if self._nodes.is_leader and holding.node == self._nodes.own:
-                    (self._root / holding.path).unlink(missing_ok=True)
 
-        self.peers.together(delete)
+class HyperPodTier(BlobTier):
+    """Blobs in HyperPod's own memory tier, which rank 0 asks for all."""
+
+    def __init__(self, memory: HyperPodMemory, *, peers: Peers):
+        super().__init__(memory.name, peers=peers)
+        self._memory = memory
+
+    def _found(self) -> dict[str, BlobTable]:
+        if not self.peers.is_main:
+            return {}
+        tables = self._memory.tables()
+        return {f"{table.lineage.generation}-{table.lineage.id}/{table.step}/{table.rank}": table for table in tables}
+
+    def _is_reported_here(self, holding: Holding) -> bool:
+        return self.peers.is_main
+
+    def _source(self, holding: Holding, table: BlobTable) -> Source:
+        return self._memory.source(table)
+
+    def _drop(self, holding: Holding) -> None:
+        """The daemon keeps the newest steps of a start and drops the others itself."""
 
 
 def _is_whole(held: Sequence[Holding]) -> bool:

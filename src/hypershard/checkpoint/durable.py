@@ -40,6 +40,7 @@ class DurableTier:
         self.place = place
         self.peers = Peers(group)
         self._save_seconds = save_seconds
+        self._lineages: set[Lineage] = set()
         self._planned: tuple[SavePlan, tuple[SavePlan, Metadata]] | None = None
 
     @property
@@ -138,7 +139,12 @@ class DurableTier:
         self.store.write(stored.folder, MANIFEST, manifest.to_bytes(), is_new=True)
 
     def list(self) -> list[CheckpointRecord]:
-        return self.peers.on_main(lambda: [stored.record for stored in self.place.finished()])
+        records = self.peers.on_main(lambda: [stored.record for stored in self.place.finished()])
+        self._lineages = {record.lineage for record in records}
+        return records
+
+    def lineages(self) -> set[Lineage]:
+        return self._lineages
 
     def _stored(self, record: CheckpointRecord) -> StoredCheckpoint:
         folder = folder_name(record.step, record.attempt)

@@ -23,7 +23,8 @@ from ..storage import make_directory, readable_errors, sync_directory
 from ..units import format_bytes
 from .agent_client import AgentAddress, AgentClient
 from .blob import BlobTable, Item, blob_bytes, table_bytes
-from .blob_tier import BlobTier
+from .blob_tier import HyperPodTier, NodeBlobTier
+from .hyperpod import HyperPodMemory
 from .lineage import NO_LINEAGE, Lineage
 from .manifest import now
 from .memory_files import COPIES, OWN, job_root, rank_folder, scan
@@ -35,6 +36,7 @@ from .snapshot import Snapshot, available_memory_bytes, boxes_digest
 from .sums import FileSum
 from .tier import Tier
 
+_HYPERPOD_SECONDS = 30.0  # for a request to HyperPod's daemon, besides the time its bytes take
 _NUM_COPY_SLOTS = 2  # a whole one while the next is being received
 # Saves after which nothing of an earlier start can be needed: the newest one and the one before it are whole.
 _SETTLED_SAVES = 3
@@ -45,6 +47,7 @@ class NodeSettings:
     """`memory_dir` None: slots are anonymous memory that dies with the process and is no tier, only staging.
 
     `num_copies` counts the other nodes that keep each blob. `local_dir` None: no tier on node-local disks.
+    `hyperpod_url` None: HyperPod's daemon is left alone; "": it is at the address it has in every cluster.
     """
 
     memory_dir: Path | None
@@ -52,6 +55,7 @@ class NodeSettings:
     local_dir: Path | None
     keep_local: int
     around: Surroundings
+    hyperpod_url: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class NodeTiers:
         self._pool: SlotPool | None = None
         self._layout: _Layout | None = None
         self._client: AgentClient | None = None
+        self._hyperpod: HyperPodMemory | None = None
         self._targets: list[AgentAddress] = []
         self._num_saves = 0
 
@@ -88,6 +93,7 @@ class NodeTiers:
         if run != self._run:
             self.close()
             self._run = run
+            self._hyperpod = self._reach_hyperpod(run)
             made = self._peers.together(lambda: self._make_roots(run))
             self._roots = made[self._peers.rank]
             memory_root, local_root = self._roots
@@ -97,8 +103,14 @@ class NodeTiers:
         tiers: list[Tier] = []
         for name, kind, root in zip(("memory", "local"), ("memory", "disk"), self._roots, strict=True):
             if root is not None and self._nodes is not None:
-                tiers.append(BlobTier(name, root, kind=kind, job=run, nodes=self._nodes, peers=self._peers))
+                tiers.append(NodeBlobTier(name, root, kind=kind, job=run, nodes=self._nodes, peers=self._peers))
+        if self._hyperpod is not None:
+            tiers.insert(len(tiers) and 1, HyperPodTier(self._hyperpod, peers=self._peers))
         return tiers
+
+    def _reach_hyperpod(self, run: str) -> HyperPodMemory | None:
+        url = self._settings.hyperpod_url
+        return None if url is None else HyperPodMemory(run, url=url, timeout_seconds=_HYPERPOD_SECONDS)
 
     def _make_roots(self, run: str) -> tuple[Path | None, Path | None]:
         settings = self._settings
@@ -196,6 +208,10 @@ class NodeTiers:
                 for folder in (root / kind for root in self._roots if root is not None for kind in (OWN, COPIES)):
                     shutil.rmtree(folder, ignore_errors=True)
 
+            if self._hyperpod is not None and self._peers.is_main:
+                with contextlib.suppress(HypershardError):  # it drops what is old by itself
+                    self._hyperpod.forget()
+
         self._peers.together(remove)
 
     # --- while training --------------------------------------------------------------------------------------
@@ -223,7 +239,19 @@ class NodeTiers:
         slot.commit(payload_bytes(layout.items), table)
 
     def spread(self, slot: Slot) -> list[str]:
-        """Hand the slot's blob to the nodes that keep copies. Returns what went wrong, per node."""
+        """Hand the slot's blob to the nodes that keep copies, and to HyperPod's daemon. Returns what went wrong."""
+        return [*self._to_nodes(slot), *self._to_hyperpod(slot)]
+
+    def _to_hyperpod(self, slot: Slot) -> list[str]:
+        if self._hyperpod is None or slot.table is None:
+            return []
+        try:
+            self._hyperpod.put(memoryview(slot.memory), slot.table)
+        except StorageError as error:
+            return [f"not in HyperPod's memory: {error}"]
+        return []
+
+    def _to_nodes(self, slot: Slot) -> list[str]:
         if self._client is None or not self._targets or slot.path is None or self._roots[0] is None:
             return []
         try:

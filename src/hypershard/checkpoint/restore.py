@@ -46,7 +46,7 @@ def restore_newest(tiers: Sequence[Tier], tensors: Mapping[str, torch.Tensor]) -
             silent[tier.name] = str(error)
             _warn(tier, f"{tier.name} cannot be asked for checkpoints and is left out: {error}")
     candidates.sort(key=lambda one: (one[0].lineage, one[0].step, -one[1], one[0].attempt), reverse=True)
-    lineages = frozenset(record.lineage for record, _ in candidates)
+    lineages = frozenset(lineage for tier in tiers for lineage in tier.lineages())
     refused: dict[str, str] = {}
     for record, number in candidates:
         tier = tiers[number]

@@ -42,6 +42,9 @@ class Tier(Protocol):
     def list(self) -> list[CheckpointRecord]:
         """Complete checkpoints, newest first. Raises StorageError when the place cannot be asked."""
 
+    def lineages(self) -> set[Lineage]:
+        """All timelines that the last `list` saw, also of what is not whole."""
+
     def verify(self, record: CheckpointRecord) -> None:
         """Raise DamagedCheckpoint, naming the file and what is wrong, unless every byte is as saved."""
 

@@ -41,6 +41,13 @@ def check(config: Config) -> None:
         )
     if data.global_batch_tokens is not None and data.gradient_accumulation_steps is not None:
         raise ConfigError("--global_batch_tokens works out gradient_accumulation_steps; give one of the two")
+    if checkpoint.hyperpod_memory_url is not None and not checkpoint.in_memory_checkpointing_freq:
+        raise ConfigError(
+            "--hyperpod_memory_url takes memory checkpoints, and --in_memory_checkpointing_freq turns them off; "
+            "drop one of the two"
+        )
+    if checkpoint.s3_tier_base_path is not None and not checkpoint.s3_tier_base_path.startswith("s3://"):
+        raise ConfigError(f"--s3_tier_base_path={checkpoint.s3_tier_base_path}: expected s3://bucket/prefix")
     places = (checkpoint.resume_from_checkpoint, checkpoint.checkpoint_dir, config.report.run_dir)
     if train.init_from == "resume" and not any(places):
         raise ConfigError("--init_from=resume: say from where, by --resume_from_checkpoint DIR or --run_dir RUN")

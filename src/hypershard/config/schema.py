@@ -240,6 +240,12 @@ class CheckpointConfig:
     num_memory_copies: int = setting(
         1, "other nodes that keep a copy of each memory checkpoint, so that it survives the loss of a node", minimum=0
     )
+    hyperpod_memory_url: str | None = setting(
+        None,
+        "also put memory checkpoints into HyperPod's managed memory tier (EKS); without a value: at its usual address. "
+        "The daemon asks for no password: only for networks you trust",
+        value_when_bare="default",
+    )
     local_tier_dir: str | None = setting(
         None, "disk of each node's own (NVMe) that keeps checkpoints too; default: no such tier"
     )

@@ -63,6 +63,7 @@ def build_checkpoints(
         else None,
         keep_local=checkpoint.keep_local_checkpoints,
         around=surroundings,
+        hyperpod_url="" if checkpoint.hyperpod_memory_url == "default" else checkpoint.hyperpod_memory_url,
     )
     return CheckpointManager(
         NodeTiers(settings, peers=control, device=world.device),
