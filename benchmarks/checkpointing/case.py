@@ -41,6 +41,7 @@ class Case:
     `bucket` is an s3:// URI, `daemon_url` where AWS's memory tier is played; None: not measured.
     """
 
+    ranks: int
     scale: str
     folder: str
     memory_dir: str

@@ -1,13 +1,14 @@
 """How fast a blob gets into another node's memory and back, beside plain sockets that move the same file.
 
-One program for both nodes: `python -m checkpointing.peer '{"role": "keeper", ...}'` on the node that keeps the copy, and
-"sender" on the other. The nodes are two network and mount namespaces where those can be made (see tests/nodes.py), else
+One program for both nodes: `python -m checkpointing.peer '{"role": "keeper", ...}'` on the node that keeps the copy,
+and "sender" on the other. The nodes are two network and mount namespaces where those can be made (see tests/nodes.py), else
 two folders on loopback.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -26,7 +27,7 @@ _RANK = 0
 _GO = b"g"
 
 
-def keep(root: str, host: str, size_bytes: int) -> None:
+def keep(*, root: str, host: str, size_bytes: int) -> None:
     """Start this node's agent, say where it and a plain receiver listen, and serve both until the input ends."""
     from hypershard.checkpoint.agent_client import ensure_agent
     from hypershard.checkpoint.memory_files import claim
@@ -54,7 +55,7 @@ def receive(wire: socket.socket, memory: memoryview) -> None:
         at += num_bytes
 
 
-def send(root: str, host: str, agent: dict[str, Any], port: int, size_bytes: int, rounds: int) -> None:
+def send(*, root: str, host: str, agent: dict[str, Any], port: int, size_bytes: int, rounds: int) -> None:
     """Move a blob there and back by both ways in turn; prints seconds by name, per round."""
     from hypershard.checkpoint.agent_client import AgentAddress, AgentClient, AgentSource, ensure_agent
     from hypershard.checkpoint.blob import HEAD_BYTES
@@ -93,7 +94,8 @@ def send(root: str, host: str, agent: dict[str, Any], port: int, size_bytes: int
         # Two slots take turns; every round's blob has the same payload.
         held = f"copies/rank-{_RANK:05d}/slot-{(step - 1) % 2}"
         source = AgentSource(target, "memory", held)
-        damage = timed("copy back", lambda source=source: damage_of(source, table.payload, start=HEAD_BYTES))
+        check = functools.partial(damage_of, source, table.payload, start=HEAD_BYTES)
+        damage = timed("copy back", check)
         assert damage is None, damage
     print(json.dumps({name: times[1:] for name, times in seconds.items()}))
 

@@ -59,9 +59,8 @@ def _shared_buffers(path: Path, parts: Sequence[torch.Tensor]) -> list[torch.Ten
     return [piece[: part.nbytes].view(part.dtype).view(part.shape) for piece, part in pieces]
 
 
-def _copies(name: str, buffers: Sequence[torch.Tensor], job: Job, bench: Bench) -> Method:
+def _copies(name: str, buffers: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], bench: Bench) -> Method:
     def save(_: int) -> None:
-        parts = take_parts(job)
         for buffer, part in zip(buffers, parts, strict=True):
             buffer.copy_(part, non_blocking=bench.on_gpu)
         if bench.on_gpu:
@@ -176,8 +175,8 @@ def methods(case: Case, bench: Bench, job: Job) -> tuple[list[Method], dict[str,
     thread_stager, process_stager = _ReusedStager(), _ReusedStager()
     process = AsyncCheckpointerType.PROCESS
     found = [
-        _copies(PLAIN, host_buffers(parts, pinned=bench.on_gpu), job, bench),
-        _copies(SHARED, _shared_buffers(shared, parts), job, bench),
+        _copies(PLAIN, host_buffers(parts, pinned=bench.on_gpu), parts, bench),
+        _copies(SHARED, _shared_buffers(shared, parts), parts, bench),
         _tiers(MEMORY, job, manager, ["memory"]),
         _tiers(BOTH, job, manager, ["memory", "disk"]),
         saves.background(
@@ -210,29 +209,26 @@ def methods(case: Case, bench: Bench, job: Job) -> tuple[list[Method], dict[str,
 
 
 def measure(case: Case, bench: Bench, job: Job) -> dict[str, Any]:
-    """Per method three times of every round, in seconds: blocked, waiting to settle, until all was written."""
+    """Per method and round in seconds: a plain copy just before, blocked, waiting to settle, until all was written."""
     ways, missing, manager = methods(case, bench, job)
+    plain = ways[0]
     samples: dict[str, list[list[float]]] = {way.name: [] for way in ways}
     for number in range(case.rounds + 1):
         for way in [way for way in ways if way.name not in missing]:
             step = 1 + number * len(ways) + ways.index(way)
+            copy_seconds = bench.timed(lambda step=step: plain.save(step))
             times, failure = _one_save(way, step, bench)
             if failure is not None:
                 missing[way.name] = failure
-            samples[way.name].append(bench.slowest(times))
+            samples[way.name].append([copy_seconds, *bench.slowest(times)])
             way.clean(step)
             if bench.ranks.is_main:
                 os.sync()  # what one method left to be written must not slow the next one
-    stream = gpu.measure(bench, job, manager, ways[0].save, case.rounds) if bench.on_gpu else None
+    stream = gpu.measure(bench, job, manager, plain.save, case.rounds) if bench.on_gpu else None
     manager.close(is_complete=True)
     Path(case.memory_dir, f"plain-{bench.ranks.rank}").unlink()
-    return {
-        "stream_seconds": stream,
-        "missing": missing,
-        "methods": {
-            name: {"first": rows[0], "rounds": rows[1:]} for name, rows in samples.items() if name not in missing
-        },
-    }
+    measured = {name: {"first": rows[0], "rounds": rows[1:]} for name, rows in samples.items() if name not in missing}
+    return {"stream_seconds": stream, "missing": missing, "methods": measured}
 
 
 def _one_save(way: Method, step: int, bench: Bench) -> tuple[list[float], str | None]:

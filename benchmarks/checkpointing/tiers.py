@@ -1,4 +1,4 @@
-"""How fast each tier takes and gives the same bytes, beside the plainest program that moves as many to the same place."""
+"""How fast each tier takes and gives the same bytes, beside the plainest way to move as many."""
 
 from __future__ import annotations
 

@@ -68,6 +68,7 @@ class Job:
         self._argv = processes.command(**flags)
         self._port = port
         self.started_at = 0.0
+        self.lost_nodes: set[int] = set()
 
     @property
     def world_size(self) -> int:
@@ -109,9 +110,9 @@ class Job:
         return found
 
     def running(self) -> set[int]:
-        """Ranks that have not ended, and whose node is up."""
-        up = {rank for rank in range(self.world_size) if self.site.nodes[self.node_of(rank)].is_up}
-        return up - self.codes().keys()
+        """Ranks that have not ended and whose node has not been lost."""
+        here = {rank for rank in range(self.world_size) if self.node_of(rank) not in self.lost_nodes}
+        return here - self.codes().keys()
 
     def log(self) -> str:
         texts = []

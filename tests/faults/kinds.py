@@ -141,6 +141,7 @@ def _lose_node(job: Job, launchers: Launchers, node: int, *, with_disk: bool) ->
     if not job.running():
         return None
     job.site.nodes[node].lose()
+    job.lost_nodes.add(node)
     launchers.end([node])
     job.end()  # as a cluster does that sees a node go: the others cannot tell a cut network from a slow one
     job.site.replace_node(node, with_disk=with_disk)

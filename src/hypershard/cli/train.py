@@ -13,12 +13,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.checks import check
 from ..config.flags import HelpFormatter, add_settings, parse
 from ..config.schema import Config
-from ..config.sources import Layer, Resolved, read_yaml, resolve, show
+from ..config.sources import Layer, Resolved, parse_yaml, read_yaml, resolve, show
 from ..distributed.env import Ranks, read_ranks, read_surroundings
 from ..distributed.spawn import num_gpus, run_ranks
 from ..errors import ConfigError, HypershardError, StorageError
@@ -29,6 +29,7 @@ from ..models.files import available_models, model_file
 if TYPE_CHECKING:
     from ..train.restore import Start
 
+_CONFIG_SECONDS = 60.0  # to fetch a run file from a bucket
 _OWN_FLAGS = ("model", "config", "nproc_per_node", "show_config")
 _EPILOG = """examples:
   hypershard train --model tiny_llama --max_steps 60
@@ -50,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="NAME", help=f"model file: a path, or one of {', '.join(available_models())}"
     )
-    parser.add_argument("--config", metavar="FILE", help="run file: YAML with any of the settings below")
+    parser.add_argument(
+        "--config", metavar="FILE", help="run file (path or s3:// URI): YAML with any of the settings below"
+    )
     parser.add_argument("--nproc_per_node", metavar="N", help="ranks to start here; default: one per GPU, else 1")
     parser.add_argument("--show_config", action="store_true", help="print every value and where it came from, and stop")
     add_settings(parser)
@@ -60,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 def resolve_arguments(namespace: argparse.Namespace) -> tuple[Resolved, str]:
     """The configuration with its sources, and the model's name. Raises ConfigError."""
     flags = {name: value for name, value in vars(namespace).items() if name not in _OWN_FLAGS}
-    run_values, model_name = read_yaml(Path(namespace.config)) if namespace.config else ({}, None)
+    run_values, model_name = _run_file(namespace.config) if namespace.config else ({}, None)
     model_name = namespace.model or model_name
     layers = []
     if model_name is not None:
@@ -79,6 +82,19 @@ def resolve_arguments(namespace: argparse.Namespace) -> tuple[Resolved, str]:
     config = dataclasses.replace(resolved.config, model=model)
     check(config)
     return Resolved(config, sources), Path(model_name).stem if model_name else model.model_type
+
+
+def _run_file(location: str) -> tuple[dict[str, Any], str | None]:
+    """The settings of --config, a path or an s3:// URI, and the model file it names."""
+    if not location.startswith("s3://"):
+        return read_yaml(Path(location))
+    from ..s3 import S3, Deadline, S3Uri
+
+    try:
+        content = S3().read(S3Uri.parse(location), deadline=Deadline.after(_CONFIG_SECONDS))
+    except FileNotFoundError:
+        raise ConfigError(f"--config={location}: there is no such object") from None
+    return parse_yaml(content.decode(errors="replace"), where=location)
 
 
 def run(argv: Sequence[str]) -> int:

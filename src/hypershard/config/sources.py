@@ -37,27 +37,33 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
 
     Raises ConfigError for a missing or malformed file and for a key that is no setting.
     """
+    try:
+        return parse_yaml(path.read_text(), where=str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def parse_yaml(text: str, *, where: str) -> tuple[dict[str, Any], str | None]:
+    """The same for the text of a file; `where` it came from is named in errors."""
     import yaml  # 20 ms that --help does not need to wait for
 
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: found a {type(content).__name__}, expected 'name: value' lines")
+        raise ConfigError(f"{where}: found a {type(content).__name__}, expected 'name: value' lines")
     model_name = content.pop(MODEL_KEY) if isinstance(content.get(MODEL_KEY), str) else None
     flat: dict[str, Any] = {}
     for key, value in content.items():
         entries = value.items() if key in SECTIONS and isinstance(value, dict) else ((key, value),)
         for name, setting_value in entries:
             if name not in SETTINGS:
-                raise ConfigError(f"{path}: unknown key {name!r}{nearest_setting(str(name))}")
+                raise ConfigError(f"{where}: unknown key {name!r}{nearest_setting(str(name))}")
             if name in flat:
-                raise ConfigError(f"{path}: {name} stands twice")
+                raise ConfigError(f"{where}: {name} stands twice")
             flat[name] = setting_value
     return flat, model_name
 
