@@ -6,10 +6,10 @@ DEMO_DIR ?= runs/demo
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu clean
+.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu bench-checkpoint chaos clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create the virtual environment and install everything
 $(INSTALLED): pyproject.toml constraints.txt
@@ -49,6 +49,12 @@ bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU; OUTPUT=dir fo
 
 bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer with FSDP2
 	$(BIN)/python benchmarks/cpu_train.py
+
+bench-checkpoint: $(INSTALLED) ## stall, bandwidth and restore time of every tier against plain copies, torch's and AWS's writers
+	$(BIN)/python benchmarks/checkpoint.py $(if $(OUTPUT),--output $(OUTPUT))
+
+chaos: $(INSTALLED) ## a two-node cluster and FAULTS faults of every kind (root); SEED=n replays one campaign
+	$(BIN)/python -m tests.faults.chaos --faults $(or $(FAULTS),200) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
