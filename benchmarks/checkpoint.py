@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -249,10 +250,8 @@ def print_slowdown(found: Mapping[str, Any]) -> None:
 
     seconds = found["seconds"]
     off = statistics.median(seconds[OFF])
-    print(
-        f"\nTraining {found['steps']} steps of the {found['scale']} model ({found['state_bytes'] / MB:.0f} MB of state), "
-        f"{len(seconds[OFF])} rounds\n"
-    )
+    state = f"{found['state_bytes'] / MB:.0f} MB of state"
+    print(f"\nTraining {found['steps']} steps of the {found['scale']} model ({state}), {len(seconds[OFF])} rounds\n")
     for name, totals in seconds.items():
         paired = [total / without for total, without in zip(totals, seconds[OFF], strict=True)]
         stall = max(found["longest_stall"][name], default=0.0)
@@ -295,6 +294,8 @@ def main() -> None:
     import torch
     from results_file import save
 
+    # So that the folders in shared memory are removed when somebody ends this.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     num_gpus = torch.cuda.device_count()
     arguments.ranks = arguments.ranks or num_gpus or 2
     arguments.scale = arguments.scale or ("1b" if num_gpus else "medium")

@@ -1,8 +1,8 @@
 """How fast a blob gets into another node's memory and back, beside plain sockets that move the same file.
 
 One program for both nodes: `python -m checkpointing.peer '{"role": "keeper", ...}'` on the node that keeps the copy,
-and "sender" on the other. The nodes are two network and mount namespaces where those can be made (see tests/nodes.py), else
-two folders on loopback.
+and "sender" on the other. The nodes are two network and mount namespaces where those can be made (see tests/nodes.py),
+else two folders on loopback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,37 @@ def test_blobs_of_an_abandoned_timeline_are_never_taken(tmp_path: Path) -> None:
     assert same(found, values(3))
 
 
+def test_places_of_different_runs_are_not_mixed(tmp_path: Path) -> None:
+    for name in "ab":
+        save(manager_of(disk(tmp_path / name)), 1)
+    both = manager_of(disk(tmp_path / "a"), disk(tmp_path / "b"))
+    with pytest.raises(CheckpointError, match=r"a \(run \w+\) and .*b \(run \w+\) hold different runs"):
+        both.restore(blank())
+
+
+def test_the_last_save_to_a_free_tier_does_not_wait_for_one_under_way(tmp_path: Path) -> None:
+    """As a disk beside an upload: the disk has the last step while the upload of an earlier one still runs."""
+    slow, fast = HeldTier(tmp_path / "slow"), disk(tmp_path / "fast")
+    manager = manager_of(slow, fast, asynchronous=True, home=tmp_path)
+    slow.place.store.__dict__["name"] = "slow"
+    manager.begin(0, values(0), {})
+    manager.save(1, values(1), {}, due=["slow"])
+    end = threading.Thread(target=manager.save_last, args=(2, values(2), {}))
+    end.start()
+    wait_until(lambda: steps_in(fast) == [2])
+    assert steps_in(slow) == [] and end.is_alive()
+    slow.go.set()
+    end.join(30)
+    assert steps_in(slow) == [2, 1]
+
+
+def wait_until(is_reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_memory_of_a_run_that_was_deleted_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
     shm = tmp_path / "shm"
     shm.mkdir()
@@ -351,28 +383,28 @@ def test_full_shared_memory_is_an_error_with_figures(small_disk: Path, tmp_path:
 
 def test_a_busy_tier_is_saved_to_as_soon_as_it_is_free() -> None:
     cadence = Cadence(5)
-    found = [step for step in range(1, 21) if cadence.is_due(step, asked=False, is_last=False, is_busy=5 < step < 12)]
+    found = [step for step in range(1, 21) if cadence.is_due(step, asked=False, is_busy=5 < step < 12)]
     assert found == [5, 12, 15, 20]
 
 
 def test_asked_and_off() -> None:
     never, only_when_asked = Cadence(0), Cadence(None)
-    assert not never.is_due(5, asked=True, is_last=True, is_busy=False)
-    assert [s for s in range(9) if only_when_asked.is_due(s, asked=s == 4, is_last=False, is_busy=False)] == [4]
+    assert not never.is_due(5, asked=True, is_busy=False)
+    assert [s for s in range(9) if only_when_asked.is_due(s, asked=s == 4, is_busy=False)] == [4]
 
 
 def test_automatic_interval_is_measured_then_fitted() -> None:
     cadence = Cadence("auto")
-    assert [s for s in range(1, 15) if cadence.is_due(s, asked=False, is_last=False, is_busy=False)] == [10]
+    assert [s for s in range(1, 15) if cadence.is_due(s, asked=False, is_busy=False)] == [10]
     assert cadence.awaits_measure
     text = cadence.measure(Measured(0.1, 4.0), step_seconds=1.0, failure_seconds=3600.0)
     assert not cadence.awaits_measure
     assert cadence.every == 27, "sqrt(2 * 0.1 * 3600) = 26.8 s by Young, a little more by Daly, less the save"
     assert "every 27 steps" in text and "Daly" in text
     cadence.every = None
-    cadence.is_due(10, asked=False, is_last=False, is_busy=False)
+    cadence.is_due(10, asked=False, is_busy=False)
     cadence.measure(Measured(0.1, 100.0), step_seconds=1.0, failure_seconds=3600.0)
     assert cadence.every == 125, "no save may be due before the last one is written"
-    cadence.is_due(125, asked=False, is_last=False, is_busy=False)
+    cadence.is_due(125, asked=False, is_busy=False)
     cadence.measure(Measured(2.0, 1.0), step_seconds=1.0, failure_seconds=3600.0)
     assert cadence.every == 200, "stalls take at most a hundredth"

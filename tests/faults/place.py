@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.nodes import Node, cluster
-from tests.s3_server import FaultProxy, Rule, Server, _Handler, _Listener, environment, moto
+from tests.nodes import Node, _hub, cluster
+from tests.s3_server import FaultProxy, Rule, _Handler, _Listener, environment, moto
 
 from hypershard.s3 import S3, Deadline, S3Uri
 
 BUCKET = "chaos"
-S3_PORT = 9000  # on each node's own loopback
+S3_HOST, S3_PORT = "10.77.0.254", 9000  # on the nodes' network
 _MEMORY_BYTES = 96 * 2**20  # of a node: some three times what a job of four ranks claims there
 _SHARED_BYTES = 48 * 2**20  # of the shared disk: some twelve checkpoints
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -28,13 +28,12 @@ class Site:
     """Use `open_site` to make one. `root` is a folder on a real disk; what is below it is the same on all nodes, but
     for `local_dir`, where each node sees its own disk."""
 
-    def __init__(self, root: Path, nodes: list[Node], server: Server, proxy: FaultProxy):
+    def __init__(self, root: Path, nodes: list[Node], proxy: FaultProxy):
         self.root = root
         self.nodes = nodes
         self.proxy = proxy
         self.bucket = S3()  # straight to the server: what lies there, whatever the proxy does
         self.uri = S3Uri.parse(f"s3://{BUCKET}")
-        self._server = server
         self._filler = self.shared / ".filler"
         for node in nodes:
             self._mount_disk(node)
@@ -53,7 +52,7 @@ class Site:
         return self.root / "disks" / str(number)
 
     def rank_environment(self) -> dict[str, str]:
-        return environment(f"http://127.0.0.1:{S3_PORT}")
+        return environment(f"http://{S3_HOST}:{S3_PORT}") | {"NO_PROXY": S3_HOST}
 
     def _mount_disk(self, node: Node) -> None:
         self.disk(node.number).mkdir(parents=True, exist_ok=True)
@@ -143,10 +142,8 @@ def open_site(root: Path, *, num_nodes: int = 2) -> Iterator[Site]:
         ):
             os.environ.update(environment(server.endpoint))
             server.create_bucket(BUCKET)
-            with contextlib.ExitStack() as listeners:
-                for node in nodes:
-                    listeners.enter_context(_listening_in(node, proxy))
-                yield Site(root, nodes, server, proxy)
+            with _listening_to_nodes(proxy):
+                yield Site(root, nodes, proxy)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -154,15 +151,16 @@ def open_site(root: Path, *, num_nodes: int = 2) -> Iterator[Site]:
 
 
 @contextlib.contextmanager
-def _listening_in(node: Node, proxy: FaultProxy) -> Iterator[None]:
-    """Let the proxy answer on the node's loopback as well: a socket stays in the network it was made in."""
+def _listening_to_nodes(proxy: FaultProxy) -> Iterator[None]:
+    """Let the proxy answer on the nodes' network as well: a socket stays in the network it was made in."""
+    subprocess.run(["ip", "-n", _hub(), "address", "add", f"{S3_HOST}/24", "dev", "bridge"], check=True)
     made: list[_Listener] = []
 
     def make() -> None:
-        with open(f"/run/netns/{node._network}") as network:
+        with open(f"/run/netns/{_hub()}") as network:
             if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), _CLONE_NEWNET):  # of this thread alone
                 raise OSError(ctypes.get_errno(), "setns")
-        made.append(_Listener(("127.0.0.1", S3_PORT), _Handler))
+        made.append(_Listener((S3_HOST, S3_PORT), _Handler))
 
     maker = threading.Thread(target=make)
     maker.start()

@@ -37,7 +37,7 @@ import hypershard
 
 from ..errors import HypershardError, StorageError
 from ..log import logger
-from .agent_client import ADDRESS_FILE, LOCK_FILE, LOCK_SECONDS, LOG_FILE, AgentAddress, AgentClient
+from .agent_client import ADDRESS_FILE, LOCK_FILE, LOCK_SECONDS, LOG_FILE, AgentAddress, AgentClient, read_address
 from .blob import HEAD_BYTES, blob_bytes, read_table
 from .copies import Offer, OpenBlob, choose_slot, held_blobs, open_blob, receive, reserve
 from .wire import IDLE_SECONDS, Wire, WireClosed, WireError, admit
@@ -68,13 +68,22 @@ class Settings:
         return Settings(roots, str(value["host"]), int(value["watch_pid"]), timeout_seconds)
 
 
+def _listen(host: str, former: AgentAddress | None) -> tuple[str, socket.socket]:
+    """A token and a listener: those of an agent that was killed, so that other nodes reach this one as they did it."""
+    family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    if former is not None and former.host == host:
+        with contextlib.suppress(OSError):  # somebody else has the port by now
+            listener = socket.create_server((host, former.port), family=family, backlog=_MAX_CONNECTIONS)
+            return former.token, listener
+    return secrets.token_hex(32), socket.create_server((host, 0), family=family, backlog=_MAX_CONNECTIONS)
+
+
 class Agent:
     """Listens, one thread per connection, until `stop` is asked for or the watched process is gone."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
         self._memory = settings.roots["memory"]
-        self._token = secrets.token_hex(32)
         self._watched = os.pidfd_open(settings.watch_pid)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._lock = threading.Lock()  # for the four below
@@ -92,8 +101,7 @@ class Agent:
             "read": self._read,
             "stop": self._stop,
         }
-        family = socket.getaddrinfo(settings.host, 0, type=socket.SOCK_STREAM)[0][0]
-        self._listener = socket.create_server((settings.host, 0), family=family, backlog=_MAX_CONNECTIONS)
+        self._token, self._listener = _listen(settings.host, read_address(self._memory))
         self._listener.settimeout(0)
 
     def announce(self) -> None:

@@ -206,19 +206,20 @@ def ensure_agent(memory_root: Path, *, disk_root: Path | None, host: str, watch_
     """
     memory_root = memory_root.resolve()
     roots = {"memory": str(memory_root), "disk": None if disk_root is None else str(disk_root.resolve())}
-    found = _read_address(memory_root)
+    found = read_address(memory_root)
     if found is not None:
         if found.host == host and _adopt(found, roots, watch_pid):
             return found
         _remove_unfit(memory_root, found)
     _start(memory_root, {"roots": roots, "host": host, "watch_pid": watch_pid})
-    started = _read_address(memory_root)
+    started = read_address(memory_root)
     if started is None:
         raise StorageError(f"the checkpoint agent left no address in {memory_root}", shared_by_all_ranks=False)
     return started
 
 
-def _read_address(memory_root: Path) -> AgentAddress | None:
+def read_address(memory_root: Path) -> AgentAddress | None:
+    """Where this node's agent listens, or listened before it was killed; None when it went in good order."""
     try:
         value = json.loads((memory_root / ADDRESS_FILE).read_bytes())
         return AgentAddress(str(value["host"]), int(value["port"]), str(value["token"]))

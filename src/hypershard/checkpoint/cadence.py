@@ -34,12 +34,12 @@ class Cadence:
     def is_on(self) -> bool:
         return self.every != 0
 
-    def is_due(self, step: int, *, asked: bool, is_last: bool, is_busy: bool) -> bool:
+    def is_due(self, step: int, *, asked: bool, is_busy: bool) -> bool:
         """Whether to save after `step`. What is due while the last save is still being written is owed from then on."""
         if not self.is_on:
             return False
         every = _FIRST_AUTO_STEP if self._is_auto and self.every is None else self.every
-        self._is_owed |= asked or is_last or is_due(step, every, None)
+        self._is_owed |= asked or is_due(step, every, None)
         if not self._is_owed or is_busy:
             return False
         self._is_owed = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,15 +128,22 @@ class CheckpointManager:
         return self._search.facts
 
     def _find_run(self, stores: Sequence[Store]) -> str | None:
-        """The id of the run that lives in `stores`; None when there is none yet, or no store can be asked."""
+        """The id of the run that lives in `stores`; None when there is none yet, or no store can be asked.
+
+        Raises CheckpointError when they hold different ones.
+        """
 
         def find() -> str | None:
+            found: dict[str, str] = {}
             for store in stores:
-                try:
-                    return store.read("", RUN_FILE).decode("ascii").strip()
-                except (FileNotFoundError, StorageError, UnicodeDecodeError):
-                    continue
-            return None
+                with contextlib.suppress(FileNotFoundError, StorageError, UnicodeDecodeError):
+                    found.setdefault(store.read("", RUN_FILE).decode("ascii").strip(), store.location)
+            if len(found) > 1:
+                places = " and ".join(f"{location} (run {run})" for run, location in found.items())
+                raise CheckpointError(
+                    f"{places} hold different runs; give each run a --checkpoint_dir and --s3_tier_base_path of its own"
+                )
+            return next(iter(found), None)
 
         return self._control.on_main(find)
 
@@ -222,11 +231,11 @@ class CheckpointManager:
         names = [
             name
             for name, cadence in ((MEMORY, self._memory), (LOCAL, self._local))
-            if cadence.is_due(step, asked=False, is_last=False, is_busy=busy[0])
+            if cadence.is_due(step, asked=False, is_busy=busy[0])
         ]
         for level, is_busy in zip(self.levels, busy[1:], strict=True):
             # Every save goes through the slots, and those are free when the nodes' own tiers have written theirs.
-            if level.cadence.is_due(step, asked=asked, is_last=False, is_busy=is_busy or busy[0]):
+            if level.cadence.is_due(step, asked=asked, is_busy=is_busy or busy[0]):
                 names.append(level.name)
         for name, cadence, is_busy in self._measurable(busy):
             if cadence.awaits_measure and not is_busy and name not in names:
@@ -284,19 +293,30 @@ class CheckpointManager:
 
         Raises what the durable tiers met when none of them has `step` then.
         """
-        earlier = self._finish_all()
-        self._control.together(lambda: None)  # nobody may overwrite a slot that another's copy still needs
-        for error in earlier:
-            self._alarm_once(f"a save failed: {error}")
-        due = self._control.on_main(lambda: [level.name for level in self.levels if not self._has(level, step)])
-        if due or not self.levels:
-            self.save(step, tensors, facts, due=[*due, MEMORY, LOCAL] if self._has_node_tier else due)
-        errors = self._finish_all()
-        if errors and not any(self._has(level, step) for level in self.levels):
-            raise errors[0]
+        self._finish_nodes()
+        busy = self._control.together(lambda: [level.lane.is_busy for level in self.levels])
+        is_busy = [any(flags) for flags in zip(*busy, strict=True)]
+        # What is free comes first: a disk must not wait for an upload under way.
+        free = [level for level, waits in zip(self.levels, is_busy, strict=True) if not waits]
+        errors: list[Exception] = []
+        has_saved = False
+        for levels in (free, [level for level in self.levels if level not in free]):
+            errors += self._errors_of(levels)
+            due = self._control.on_main(partial(self._without, step, levels))
+            if due or (self._has_node_tier and not has_saved and levels is free):
+                self.save(step, tensors, facts, due=[*due, MEMORY, LOCAL])
+                has_saved = True
+            errors += self._errors_of(levels)
+        self._finish_nodes()
+        is_safe = not self.levels or any(self._has(level, step) for level in self.levels)
+        if errors and not is_safe:
+            raise errors[-1]
         for error in errors:
-            self._alarm_once(f"the last save failed: {error}")
-        return bool(due)
+            self._alarm_once(f"a save failed: {error}")
+        return has_saved
+
+    def _without(self, step: int, levels: Sequence[Level]) -> list[str]:
+        return [level.name for level in levels if not self._has(level, step)]
 
     def _has(self, level: Level, step: int) -> bool:
         return not level.cadence.is_on or (level.name in self.last_saves and self.last_saves[level.name].step == step)
@@ -395,9 +415,8 @@ class CheckpointManager:
             self._nodes.forget()
         self._nodes.close()
 
-    def _finish_all(self) -> list[Exception]:
-        self._finish_nodes()
-        return [error for level in self.levels if (error := level.lane.finish()) is not None]
+    def _errors_of(self, levels: Sequence[Level]) -> list[Exception]:
+        return [error for level in levels if (error := level.lane.finish()) is not None]
 
     def _finish_nodes(self) -> None:
         if error := self._node_lane.finish():

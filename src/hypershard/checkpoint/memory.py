@@ -21,7 +21,7 @@ from ..distributed.env import Surroundings
 from ..errors import HypershardError, StorageError
 from ..storage import make_directory, readable_errors, sync_directory
 from ..units import format_bytes
-from .agent_client import AgentAddress, AgentClient
+from .agent_client import AgentAddress, AgentClient, ensure_agent
 from .blob import BlobTable, Item, blob_bytes, table_bytes
 from .blob_tier import HyperPodTier, NodeBlobTier
 from .hyperpod import HyperPodMemory
@@ -252,10 +252,21 @@ class NodeTiers:
         return []
 
     def _to_nodes(self, slot: Slot) -> list[str]:
-        if self._client is None or not self._targets or slot.path is None or self._roots[0] is None:
+        memory_root, nodes = self._roots[0], self._nodes
+        if self._client is None or not self._targets or slot.path is None or memory_root is None or nodes is None:
             return []
+        path = str(slot.path.relative_to(memory_root))
         try:
-            answers = self._client.replicate(str(slot.path.relative_to(self._roots[0])), self._targets)
+            try:
+                answers = self._client.replicate(path, self._targets)
+            except HypershardError:  # it was killed: its successor takes over its address
+                ensure_agent(
+                    memory_root,
+                    disk_root=self._roots[1],
+                    host=nodes.agents[nodes.own].host,
+                    watch_pid=self._settings.around.launcher_pid,
+                )
+                answers = self._client.replicate(path, self._targets)
         except HypershardError as error:
             return [f"no copy in another node's memory: {error}"]
         pairs = zip(self._targets, answers, strict=True)

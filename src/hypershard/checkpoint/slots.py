@@ -84,8 +84,9 @@ class Slot:
 
     def wait(self) -> None:
         """Return when the copy is done."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        copied = self._copied
+        if copied is not None:  # several threads may wait
+            copied.synchronize()
             self._copied = self._snapshot = None
 
     def commit(self, num_payload_bytes: int, make_table: Callable[[FileSum], BlobTable]) -> BlobTable:
