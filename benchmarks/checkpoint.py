@@ -85,9 +85,16 @@ def run_ranks(phase: str, num_ranks: int, case_file: Path, environment: Mapping[
     answer = case_file.parent / f"{name}.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     command += [str(HERE / "checkpoint.py"), "--rank_phase", phase, "--case", str(case_file), "--answer", str(answer)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=RANK_SECONDS)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        said, errors = process.communicate(timeout=RANK_SECONDS)
+    except BaseException:
+        process.terminate()  # unlike SIGKILL this reaches the ranks, which write to what is removed next
+        process.wait(timeout=60)
+        raise
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{said[-3000:]}{errors[-6000:]}")
     return json.loads(answer.read_text())
 
 

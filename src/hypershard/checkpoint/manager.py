@@ -120,7 +120,7 @@ class CheckpointManager:
             on_nodes = self._nodes.open(run) if run else []
             own_run = self._find_run(self._home)
             self._run = own_run if own_run == run else None
-        self._search = restore_newest([*on_nodes, *durable], tensors)
+        self._search = restore_newest([*on_nodes, *durable], tensors, is_own=source is None)
         if self._search.record is None:
             return None
         if self._control.is_main:
@@ -172,6 +172,8 @@ class CheckpointManager:
         self._begun = True
 
     def _begin_level(self, level: Level, step: int) -> None:
+        if self._search.record is not None and level.name in self._search.silent:
+            return  # an alarm has been raised; asking again would take as long
         try:
             level.tier.probe()
             newer = [
@@ -185,7 +187,7 @@ class CheckpointManager:
                 raise
             self._alarm_once(f"{level.name} cannot be used at the start: {error}")
             return
-        if newer and level.name not in self._search.silent:
+        if newer:
             raise CheckpointError(
                 f"{newer[0].location} is newer than where this training starts (step {step}), so a later resume would "
                 f"take it for this run's: choose another place, resume from it, or delete it"
@@ -195,6 +197,8 @@ class CheckpointManager:
         """This run's id, told with its belongings to all its homes."""
         run = secrets.token_hex(8) if is_new or self._run is None else self._run
         for store in self._home:
+            if store.name in self._search.silent:
+                continue
             try:
                 store.write("", RUN_FILE, f"{run}\n".encode())
                 for name, content in self.belongings.items():
@@ -300,10 +304,10 @@ class CheckpointManager:
         free = [level for level, waits in zip(self.levels, is_busy, strict=True) if not waits]
         errors: list[Exception] = []
         has_saved = False
-        for levels in (free, [level for level in self.levels if level not in free]):
+        for levels in (free, [level for level in self.levels if level not in free]) if self.levels else (free,):
             errors += self._errors_of(levels)
             due = self._control.on_main(partial(self._without, step, levels))
-            if due or (self._has_node_tier and not has_saved and levels is free):
+            if due or (not self.levels and self._has_node_tier):
                 self.save(step, tensors, facts, due=[*due, MEMORY, LOCAL])
                 has_saved = True
             errors += self._errors_of(levels)
@@ -319,7 +323,9 @@ class CheckpointManager:
         return [level.name for level in levels if not self._has(level, step)]
 
     def _has(self, level: Level, step: int) -> bool:
-        return not level.cadence.is_on or (level.name in self.last_saves and self.last_saves[level.name].step == step)
+        last = self.last_saves.get(level.name)
+        is_where_it_began = self._search.is_own and self._search.tier == level.name and self._start_step == step
+        return not level.cadence.is_on or is_where_it_began or (last is not None and last.step == step)
 
     def _to_nodes(self, slot: Slot, save: _Save, snapshot: Snapshot, *, to_local: bool) -> None:
         """Commit the slot, hand out its copies and write it to the local disk, in the background."""

@@ -18,7 +18,8 @@ from .tier import CheckpointRecord, Tier
 class Search:
     """What was found: the checkpoint that was loaded (None: there is none), and what else was seen on the way.
 
-    `refused` are locations found damaged; `silent` maps tiers that could not be asked to the reason.
+    `refused` are locations found damaged; `silent` maps tiers that could not be asked to the reason. `is_own`: the run's
+    own tiers were searched, not another place.
     """
 
     record: CheckpointRecord | None = None
@@ -27,9 +28,10 @@ class Search:
     lineages: frozenset[Lineage] = frozenset()
     refused: frozenset[str] = frozenset()
     silent: Mapping[str, str] = field(default_factory=dict)
+    is_own: bool = False
 
 
-def restore_newest(tiers: Sequence[Tier], tensors: Mapping[str, torch.Tensor]) -> Search:
+def restore_newest(tiers: Sequence[Tier], tensors: Mapping[str, torch.Tensor], *, is_own: bool = False) -> Search:
     """Fill `tensors` in place from the newest valid checkpoint. Collective; every rank returns the same.
 
     Newest is the highest step of the latest timeline; on a tie the tier that stands first in `tiers` is taken. A
@@ -56,7 +58,7 @@ def restore_newest(tiers: Sequence[Tier], tensors: Mapping[str, torch.Tensor]) -
             refused[record.location] = str(error)
             _warn(tier, f"checkpoint {record.location} is damaged and passed over: {error}")
             continue
-        return Search(record, tier.name, facts, lineages, frozenset(refused), silent)
+        return Search(record, tier.name, facts, lineages, frozenset(refused), silent, is_own)
     if refused:
         found = "; ".join(f"{location}: {text}" for location, text in refused.items())
         raise CheckpointError(f"no checkpoint is valid, found {len(refused)} damaged: {found}")

@@ -57,13 +57,13 @@ def start(ranks: Ranks) -> World:
     return World(ranks, device, new_host_group())
 
 
-def new_host_group() -> dist.ProcessGroup:
-    """One more gloo group of all ranks, called by all of them.
+def new_host_group(*, wait_seconds: float = 0.0) -> dist.ProcessGroup:
+    """One more gloo group of all ranks, called by all of them. Ranks on it may wait for each other for `wait_seconds`.
 
     What runs in a thread beside the training needs a group of its own: on one they share, the two would wait for
     each other.
     """
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT + datetime.timedelta(seconds=wait_seconds))
 
 
 def _device(ranks: Ranks) -> torch.device:

@@ -43,11 +43,11 @@ def build_checkpoints(
             )
         )
     if checkpoint.s3_tier_base_path is not None and checkpoint.s3_checkpointing_freq != 0:
-        bucket = open_store(checkpoint.s3_tier_base_path)
+        bucket, seconds = open_store(checkpoint.s3_tier_base_path), checkpoint.s3_save_minutes * 60
         home.append(bucket)
         levels.append(
             Level(
-                DurableTier(Place(bucket), group=_own_group(world), save_seconds=checkpoint.s3_save_minutes * 60),
+                DurableTier(Place(bucket), group=_own_group(world, wait_seconds=seconds), save_seconds=seconds),
                 Cadence(checkpoint.s3_checkpointing_freq),
                 keep=checkpoint.keep_s3_checkpoints,
                 keep_every=checkpoint.keep_s3_every,
@@ -78,5 +78,5 @@ def build_checkpoints(
     )
 
 
-def _own_group(world: World) -> dist.ProcessGroup | None:
-    return new_host_group() if world.size > 1 else None
+def _own_group(world: World, *, wait_seconds: float = 0.0) -> dist.ProcessGroup | None:
+    return new_host_group(wait_seconds=wait_seconds) if world.size > 1 else None
