@@ -173,7 +173,9 @@ class CheckpointManager:
 
     def _begin_level(self, level: Level, step: int) -> None:
         if self._search.record is not None and level.name in self._search.silent:
-            return  # an alarm has been raised; asking again would take as long
+            # Asking again would take as long as it did.
+            self._alarm_once(f"{level.name} could not be asked at the start: {self._search.silent[level.name]}")
+            return
         try:
             level.tier.probe()
             newer = [

@@ -18,8 +18,8 @@ from .tier import CheckpointRecord, Tier
 class Search:
     """What was found: the checkpoint that was loaded (None: there is none), and what else was seen on the way.
 
-    `refused` are locations found damaged; `silent` maps tiers that could not be asked to the reason. `is_own`: the run's
-    own tiers were searched, not another place.
+    `refused` are locations found damaged; `silent` maps tiers that could not be asked to the reason. `is_own`: these
+    were the run's own tiers, not another place.
     """
 
     record: CheckpointRecord | None = None
