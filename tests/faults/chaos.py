@@ -274,6 +274,8 @@ class Campaign:
 
     def _count_restore(self, job: Job, last_step: int | None) -> None:
         begun_at = job.begun_at()
+        if begun_at is not None:
+            self._num_refused_in_row = 0
         if last_step is None or begun_at is None:
             return
         restored = checks.restored_from(job)

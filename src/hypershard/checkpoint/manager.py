@@ -25,7 +25,7 @@ from .peers import Peers
 from .policy import seconds_to_stop, steps_to_delete
 from .restore import Search, restore_newest
 from .slots import Slot
-from .snapshot import Snapshot, take_snapshot
+from .snapshot import Snapshot, Snapshots
 from .stores import RUN_FILE, Store
 from .tier import CheckpointRecord, Tier
 
@@ -88,6 +88,7 @@ class CheckpointManager:
         self._memory = memory
         self._local = local
         self._node_lane = Lane()
+        self._snapshots = Snapshots()
         self._control = control
         self._asynchronous = asynchronous
         self._failure_seconds = failure_seconds
@@ -168,7 +169,7 @@ class CheckpointManager:
         self._start_step = step
         if self._asynchronous or self._has_node_tier:
             readers = len(self.levels) if self._asynchronous else 0
-            self._nodes.reserve(take_snapshot(tensors), facts, num_readers=readers)
+            self._nodes.reserve(self._snapshots.take(tensors), facts, num_readers=readers)
         self._begun = True
 
     def _begin_level(self, level: Level, step: int) -> None:
@@ -279,7 +280,7 @@ class CheckpointManager:
         wanted = [level for level in self.levels if level.name in due]
         for level in wanted:
             self._finish_level(level)
-        snapshot = take_snapshot(tensors)
+        snapshot = self._snapshots.take(tensors)
         save = _Save(step, dict(facts), self._lineage, started_at)
         if not (self._asynchronous or self._has_node_tier):
             for level in wanted:

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor
 
 from .blob import Item, layout_items
 
@@ -55,6 +57,37 @@ def take_snapshot(tensors: Mapping[str, torch.Tensor]) -> Snapshot:
         plan = planner.create_local_plan()
         parts = {item.index: planner.lookup_object(item.index).detach() for item in plan.items}
     return Snapshot(plan, parts)
+
+
+class Snapshots:
+    """Takes snapshots of the same tensors again and again: planned once, since only their values change."""
+
+    def __init__(self) -> None:
+        self._layout: list[Any] | None = None
+        self._plan: SavePlan | None = None
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> Snapshot:
+        """As `take_snapshot`."""
+        local = {name: _local(tensor) for name, tensor in tensors.items()}
+        layout = [_layout_of(name, tensor, local[name]) for name, tensor in tensors.items()]
+        if self._plan is None or layout != self._layout:
+            snapshot = take_snapshot(tensors)
+            # A tensor without a part here (an empty shard) or with several is planned anew each time.
+            simple = [item.index.fqn for item in snapshot.plan.items] == list(tensors)
+            self._layout, self._plan = layout, snapshot.plan if simple else None
+            return snapshot
+        return Snapshot(self._plan, {item.index: local[item.index.fqn] for item in self._plan.items})
+
+
+def _layout_of(name: str, tensor: torch.Tensor, local: torch.Tensor) -> tuple[Any, ...]:
+    """All that the plan of a tensor depends on."""
+    where = (tensor.shape, tensor.placements, tensor.device_mesh) if isinstance(tensor, DTensor) else ()
+    return name, local.shape, local.dtype, *where
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def available_memory_bytes() -> int:
