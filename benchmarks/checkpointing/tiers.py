@@ -18,7 +18,7 @@ from hypershard.checkpoint.memory import NodeSettings, NodeTiers
 from hypershard.checkpoint.peers import Peers
 from hypershard.checkpoint.restore import restore_newest
 from hypershard.checkpoint.slots import Slot
-from hypershard.checkpoint.snapshot import take_snapshot
+from hypershard.checkpoint.snapshot import Snapshots
 from hypershard.checkpoint.stores import open_store
 from hypershard.checkpoint.tier import Tier
 from hypershard.distributed.env import read_surroundings
@@ -79,7 +79,8 @@ class _Savers:
         self._buffers = host_buffers(self._parts, pinned=places.bench.on_gpu)
         self._facts: Mapping[str, Any] = {}
         self._slot: Slot | None = None
-        self._snapshot = take_snapshot(job.tensors())
+        self._snapshots = Snapshots()
+        self._snapshot = self._snapshots.take(job.tensors())
         places.nodes.reserve(self._snapshot, self._facts, num_readers=0)
 
     def copy(self) -> None:
@@ -87,7 +88,7 @@ class _Savers:
             buffer.copy_(part, non_blocking=self._at.bench.on_gpu)
 
     def stage(self) -> None:
-        live = take_snapshot(self._job.tensors())
+        live = self._snapshots.take(self._job.tensors())
         self._slot, self._snapshot = self._at.nodes.stage(live, lineage=_LINEAGE, start_step=0)
         self._slot.wait()
 

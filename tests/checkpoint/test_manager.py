@@ -14,7 +14,7 @@ from tiny import blank, disk, manager_of, same, save, values
 from hypershard.checkpoint.cadence import Cadence, Measured
 from hypershard.checkpoint.durable import DurableTier
 from hypershard.checkpoint.lineage import Lineage
-from hypershard.checkpoint.manager import MEMORY
+from hypershard.checkpoint.manager import MEMORY, CheckpointManager
 from hypershard.checkpoint.manifest import Place
 from hypershard.checkpoint.snapshot import Snapshot
 from hypershard.checkpoint.stores import DiskStore
@@ -311,6 +311,42 @@ def wait_until(is_reached: Callable[[], bool]) -> None:
     while not is_reached():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Bucket(DiskStore):
+    """A place that can be out of reach."""
+
+    is_out = False
+
+    def contents(self) -> dict[str, dict[str, int]]:
+        if Bucket.is_out:
+            raise StorageError("503")
+        return super().contents()
+
+
+def test_what_a_tier_that_was_out_holds_of_the_former_timeline_is_left_behind(tmp_path: Path) -> None:
+    """Step 20 is in the bucket alone, which is out at the next start: that goes on from 10, and its step 15 counts."""
+
+    def start() -> CheckpointManager:
+        bucket = DurableTier(Place(Bucket(tmp_path / "s3", "s3", True)))
+        manager = manager_of(disk(tmp_path / "disk"), bucket, home=tmp_path / "home", alarms=alarms)
+        facts = manager.restore(blank()) or {"step": 0}
+        manager.begin(facts["step"], values(0), {})
+        return manager
+
+    alarms: list[str] = []
+    first = start()
+    first.save(10, values(10), {"step": 10}, due=["disk"])
+    first.save(20, values(20), {"step": 20}, due=["s3"])
+    Bucket.is_out = True
+    second = start()
+    assert second._start_step == 10 and "503" in alarms[0]
+    second.save(15, values(15), {"step": 15}, due=["disk"])
+    Bucket.is_out = False
+    third = start()
+    assert third._start_step == 15
+    third.save(18, values(18), {"step": 18}, due=["s3"])
+    assert steps_in(third.levels[1].tier) == [18], "the abandoned one is gone"
 
 
 def test_memory_of_a_run_that_was_deleted_is_not_taken_for_the_new_one(tmp_path: Path) -> None:

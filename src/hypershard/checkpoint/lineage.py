@@ -26,6 +26,12 @@ NO_LINEAGE = Lineage(0, "")
 UNREADABLE = Lineage(sys.maxsize, "")
 
 
-def next_lineage(seen: Iterable[Lineage]) -> Lineage:
-    """A new timeline, later than all that were `seen`."""
-    return Lineage(1 + max((one.generation for one in seen if one != UNREADABLE), default=0), secrets.token_hex(8))
+_ROOM = 1000  # starts that nobody saw who could not ask every tier
+
+
+def next_lineage(seen: Iterable[Lineage], *, is_sure: bool = True) -> Lineage:
+    """A new timeline, later than all that were `seen`, and unless `is_sure` than those that a silent tier may hold."""
+    return Lineage(
+        (1 if is_sure else _ROOM) + max((one.generation for one in seen if one != UNREADABLE), default=0),
+        secrets.token_hex(8),
+    )

@@ -159,7 +159,9 @@ class CheckpointManager:
         """
         for level in self.levels:
             self._begin_level(level, step)
-        self._lineage = self._control.on_main(lambda: next_lineage(self._search.lineages))
+        self._lineage = self._control.on_main(
+            lambda: next_lineage(self._search.lineages, is_sure=not self._search.silent)
+        )
         is_new = self._run is None or self._search.record is None
         if is_new and (former := self._find_run(self._home)) is not None:
             self._nodes.open(former)  # whatever it left on the nodes is of no use any more
@@ -179,11 +181,7 @@ class CheckpointManager:
             return
         try:
             level.tier.probe()
-            newer = [
-                record
-                for record in level.tier.list()
-                if record.step > step and record.location not in self._search.refused
-            ]
+            newer = [record for record in level.tier.list() if record.step > step and not self._is_left(record)]
         except StorageError as error:
             # A run that goes on must not wait for a bucket that is out; one that starts should learn of it now.
             if self._search.record is None or not self._can_miss(level):
@@ -195,6 +193,12 @@ class CheckpointManager:
                 f"{newer[0].location} is newer than where this training starts (step {step}), so a later resume would "
                 f"take it for this run's: choose another place, resume from it, or delete it"
             )
+
+    def _is_left(self, record: CheckpointRecord) -> bool:
+        """Whether a checkpoint is none to go on from: damaged, or of a timeline that this run left before."""
+        begun_from = self._search.record
+        is_abandoned = self._search.is_own and begun_from is not None and record.lineage < begun_from.lineage
+        return is_abandoned or record.location in self._search.refused
 
     def _claim_run(self, *, is_new: bool) -> str:
         """This run's id, told with its belongings to all its homes."""
