@@ -154,6 +154,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
         if "stall" in arguments.parts:
             numbers["stall"] = ranks("stall")
+            numbers["summary"] = summary(numbers["stall"])
             print_stalls(numbers["stall"])
         if "tiers" in arguments.parts:
             numbers["save"] = ranks("save")
@@ -207,6 +208,24 @@ def print_stalls(found: Mapping[str, Any]) -> None:
         print(f"training stream, {name}: {spread(seconds)} s")
 
 
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Per method median, least and most of its stall in seconds and in plain copies; whether the target is met."""
+    from checkpointing.stall import MEMORY
+
+    def three(values: Sequence[float]) -> list[float]:
+        return [statistics.median(values), min(values), max(values)]
+
+    methods = {
+        name: {
+            "stall_seconds": three([row[1] for row in method["rounds"]]),
+            "plain_copies": three(ratios_of(method)),
+        }
+        for name, method in found["methods"].items()
+    }
+    is_met = methods[MEMORY]["plain_copies"][0] <= TARGET
+    return {"methods": methods, "target_plain_copies": TARGET, "is_met": is_met}
+
+
 def ratios_of(method: Mapping[str, Any]) -> list[float]:
     """Per round its stall in plain copies."""
     return [row[1] / row[0] for row in method["rounds"]]
@@ -237,9 +256,7 @@ def print_tiers(saved: Mapping[str, Any], loads: Mapping[int, Any]) -> None:
     rows(pairs, size)
     for count, found in loads.items():
         seconds = found["load"]["seconds"]
-        print(
-            f"\nRestoring what {saved['num_ranks']} ranks saved on {count}, every byte checked (dcp.load checks none)\n"
-        )
+        print(f"\nRestoring what {saved['num_ranks']} ranks saved on {count}; dcp.load checks no byte, the tiers all\n")
         pairs = [("memory", seconds["memory"], "copy", seconds["copy"])]
         pairs += [(name, seconds[name], "read", seconds["read"]) for name in ("local disk", "shared disk", "dcp.load")]
         if "S3" in seconds:

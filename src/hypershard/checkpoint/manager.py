@@ -285,13 +285,14 @@ class CheckpointManager:
         for level in wanted:
             self._finish_level(level)
         snapshot = self._snapshots.take(tensors)
-        save = _Save(step, dict(facts), self._lineage, started_at)
         if not (self._asynchronous or self._has_node_tier):
             for level in wanted:
-                self._to_level(level, save, snapshot, None)
+                self._to_level(level, _Save(step, dict(facts), self._lineage, started_at, None), snapshot, None)
         else:
             self._finish_nodes()
             slot, snapshot = self._nodes.stage(snapshot, lineage=self._lineage, start_step=self._start_step)
+            stall_seconds = time.perf_counter() - started_at if self._asynchronous else None
+            save = _Save(step, dict(facts), self._lineage, started_at, stall_seconds)
             for _ in wanted:
                 self._nodes.pin(slot)
             self._to_nodes(slot, save, snapshot, to_local=LOCAL in due and self._local.is_on)
@@ -381,7 +382,7 @@ class CheckpointManager:
 
     def _note(self, name: str, save: _Save, snapshot: Snapshot, began_at: float) -> None:
         seconds = time.perf_counter() - began_at
-        stall = self.last_stall_seconds if self._asynchronous else time.perf_counter() - save.started_at
+        stall = time.perf_counter() - save.started_at if save.stall_seconds is None else save.stall_seconds
         self.last_saves[name] = SaveStats(save.step, stall, seconds, snapshot.size_bytes)
 
     def _prune(self, level: Level, saved: CheckpointRecord) -> None:
@@ -425,7 +426,7 @@ class CheckpointManager:
     def close(self, *, is_complete: bool) -> None:
         """The end of a run that all ranks reach. `is_complete`: it will not go on, so its memory is given back."""
         if is_complete and any(level.cadence.is_on for level in self.levels):
-            self._nodes.forget()
+            self._nodes.forget(is_over=True)
         self._nodes.close()
 
     def _errors_of(self, levels: Sequence[Level]) -> list[Exception]:
@@ -459,3 +460,4 @@ class _Save:
     facts: dict[str, Any]
     lineage: Lineage
     started_at: float
+    stall_seconds: float | None  # None: training stands still until all is written

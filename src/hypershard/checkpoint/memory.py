@@ -199,15 +199,17 @@ class NodeTiers:
         client, kept = self._client, {rank: sizes[rank] for rank in self._copied_here()}
         self._peers.together(lambda: client.reserve(kept) if nodes.is_leader else None)
 
-    def forget(self) -> None:
-        """Delete all blobs of the run that is open: it starts anew, or is complete and saved elsewhere. Collective."""
+    def forget(self, *, is_over: bool = False) -> None:
+        """Delete all blobs of the open run, which starts anew; with `is_over` all else of it too. Collective."""
         self._pool = None
+        nodes, roots = self._nodes, [root for root in self._roots if root is not None]
 
         def remove() -> None:
-            if self._nodes is not None and self._nodes.is_leader:
-                for folder in (root / kind for root in self._roots if root is not None for kind in (OWN, COPIES)):
+            if nodes is not None and nodes.is_leader:
+                if is_over and nodes.agents:
+                    AgentClient(nodes.agents[nodes.own]).stop()
+                for folder in roots if is_over else [root / kind for root in roots for kind in (OWN, COPIES)]:
                     shutil.rmtree(folder, ignore_errors=True)
-
             if self._hyperpod is not None and self._peers.is_main:
                 with contextlib.suppress(HypershardError):  # it drops what is old by itself
                     self._hyperpod.forget()
