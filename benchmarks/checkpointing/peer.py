@@ -136,6 +136,7 @@ def measure(size_bytes: int, rounds: int) -> dict[str, Any]:
     with _two_nodes(size_bytes) as (start, roots, hosts, what):
         here = {"root": roots[1], "host": hosts[1], "size_bytes": size_bytes}
         keeper = start(1, {"role": "keeper", **here})
+        assert keeper.stdin is not None and keeper.stdout is not None
         try:
             said = json.loads(keeper.stdout.readline())
             there = {"root": roots[0], "host": hosts[0], "size_bytes": size_bytes, "rounds": rounds}

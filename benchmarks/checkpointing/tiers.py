@@ -31,7 +31,6 @@ from .stall import host_buffers, take_parts
 
 RUN = "bandwidth"
 _LINEAGE = Lineage(1, "bench")
-_LAST = 1_000_000  # above any round's number
 
 
 class _Places:
@@ -149,8 +148,8 @@ def measure_saves(case: Case, bench: Bench, job: Job) -> dict[str, Any]:
             time_it("S3", lambda step=step: savers.write_to(places.s3, step), counts=True)
         savers.end_round()
         if not is_last:
-            for tier in (places.disk, places.s3):
-                for record in tier.list() if tier is not None else ():
+            for tier in filter(None, (places.disk, places.s3)):
+                for record in tier.list():
                     tier.delete(record)
         if bench.ranks.is_main:
             os.sync()

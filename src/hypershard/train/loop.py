@@ -92,13 +92,14 @@ def run(
             if is_due(progress.step, schedule.logging, last_step):
                 for sink in sinks:
                     sink.write(progress.step, step_record(job, progress, report))
+            # Before the save: a run that goes on from it finds all that belongs to its steps written.
+            if is_due(progress.step, schedule.validation, last_step):
+                validation_loss = validate()
             if due := saves and job.checkpoints.due(progress.step, busy, asked=save_asked, step_seconds=report.seconds):
                 job.checkpoints.save(progress.step, job.tensors(), job.facts(progress), due=due)
                 wish.granted(due, time.monotonic())
                 event("saved", step=progress.step, tiers=due, stall_seconds=job.checkpoints.last_stall_seconds)
             job.checkpoints.poll()
-            if is_due(progress.step, schedule.validation, last_step):
-                validation_loss = validate()
         if saves and job.checkpoints.save_last(progress.step, job.tensors(), job.facts(progress)):
             event("saved", step=progress.step, tiers=["all"], stall_seconds=job.checkpoints.last_stall_seconds)
     job.checkpoints.close(is_complete=reason == "steps")
