@@ -19,7 +19,7 @@ from tests.nodes import nodes_available
 from hypershard.checkpoint.lineage import Lineage
 from hypershard.s3 import S3Uri
 
-SEED, NUM_FAULTS = 11, 12
+SEED, NUM_FAULTS = 11, 10
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from .snapshot import Snapshot, available_memory_bytes, boxes_digest
 from .sums import FileSum
 from .tier import Tier
 
+_PIECE_BYTES = 8 * 2**20  # of one write to a file; ext4 takes a gigabyte at once several times slower
 _HYPERPOD_SECONDS = 30.0  # for a request to HyperPod's daemon, besides the time its bytes take
 _NUM_COPY_SLOTS = 2  # a whole one while the next is being received
 # Saves after which nothing of an earlier start can be needed: the newest one and the one before it are whole.
@@ -287,7 +288,7 @@ class NodeTiers:
             with readable_errors(path, "writing"), open(temporary, "wb", buffering=0) as file:
                 view = memoryview(slot.memory)[:size]
                 while view.nbytes:
-                    view = view[file.write(view) :]
+                    view = view[file.write(view[:_PIECE_BYTES]) :]
                 os.fsync(file.fileno())
             with readable_errors(path, "writing"):
                 temporary.replace(path)

@@ -104,10 +104,13 @@ class FileSource:
     def name(self) -> str:
         return str(self.path)
 
-    def read(self, offset: int, size_bytes: int) -> bytes:
-        with open(self.path, "rb") as file:
+    def read(self, offset: int, size_bytes: int) -> memoryview:
+        content, filled = memoryview(bytearray(size_bytes)), 0
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(offset)
-            return file.read(size_bytes)
+            while filled < size_bytes and (count := file.readinto(content[filled:])):
+                filled += count
+        return content[:filled]
 
 
 def read_verified(
@@ -131,8 +134,9 @@ def read_verified(
 
         try:
             for offset, size in requests:
-                content = bytearray(size)
-                for block in _blocks_of(offset, size):
+                blocks = _blocks_of(offset, size)
+                content = None if len(blocks) == 1 else memoryview(bytearray(size))
+                for block in blocks:
                     for passed in [other for other in held if other < block]:
                         del held[passed]
                     fetch_ahead()
@@ -140,8 +144,13 @@ def read_verified(
                     begin = max(offset, block * BLOCK_BYTES)
                     end = min(offset + size, block * BLOCK_BYTES + view.nbytes)
                     inside = begin - block * BLOCK_BYTES
-                    content[begin - offset : end - offset] = view[inside : inside + end - begin]
-                yield memoryview(content)
+                    part = view[inside : inside + end - begin]
+                    if content is None:
+                        content = part  # of one block: handed out as it lies there
+                    else:
+                        content[begin - offset : end - offset] = part
+                assert content is not None
+                yield content
         finally:
             pool.shutdown(cancel_futures=True)
 
