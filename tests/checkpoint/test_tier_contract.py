@@ -338,6 +338,16 @@ def test_torn_saves_are_removed_by_the_next(durable: Harness) -> None:
         durable.read(files["data"])
 
 
+def test_uploads_that_a_killed_job_left_open_are_closed_by_the_next_save(tmp_path: Path, s3_server: Server) -> None:
+    harness = S3Harness(tmp_path / "checkpoints", s3_server)
+    harness.client.create_multipart_upload(**harness._key(harness.tier.store.where("step-00000003", "__0_0.distcp")))
+    other = f"{harness.tier.store.location}0/step-00000003/__0_0.distcp"  # another run, whose name begins alike
+    harness.client.create_multipart_upload(**harness._key(other))
+    harness.save(7)
+    open_uploads = harness.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    assert [f"s3://{BUCKET}/{upload['Key']}" for upload in open_uploads] == [other]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_any_reader_of_torch_distributed_checkpoint_opens_it(durable: Harness, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp

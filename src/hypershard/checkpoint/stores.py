@@ -229,8 +229,8 @@ class S3Store:
         return found
 
     def make(self, folder: str) -> None:
-        """A bucket has no folders; what an earlier, torn save left open there is closed."""
-        self.client.abort_uploads(self.uri / folder, deadline=_soon())
+        """A bucket has no folders. What earlier, torn saves left open is closed: only one runs at a time here."""
+        self.client.abort_uploads(self.uri, deadline=_soon())
 
     def stream(self, folder: str, name: str, *, seconds: float | None) -> AbstractContextManager[Any]:
         deadline = Deadline.after(seconds if seconds is not None else 24 * 3600.0)
