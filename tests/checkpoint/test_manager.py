@@ -383,6 +383,23 @@ def test_slots_of_the_same_size_are_taken_over_and_the_resumed_one_is_overwritte
     assert manager_of(home=tmp_path / "home", memory_dir=shm).restore(blank())["step"] == 2, "the new one is not whole"
 
 
+def test_slots_of_other_sizes_are_given_back_once_the_new_ones_count(tmp_path: Path) -> None:
+    """As after a change of the number of ranks: the old slots hold all there is until there is something newer."""
+    (tmp_path / "shm").mkdir()
+    places = {"home": tmp_path / "home", "memory_dir": tmp_path / "shm"}
+    large = {"model/w": torch.arange(100_000.0)}
+    save(manager_of(**places), 1, large)
+    manager = manager_of(**places)
+    assert manager.restore({"model/w": torch.zeros(100_000)}) is not None
+    small = {"model/w": torch.arange(10.0)}
+    manager.begin(1, small, {"step": 1})
+    sizes = [len({path.stat().st_size for path in (tmp_path / "shm").rglob("slot-*")})]
+    for step in (2, 3, 4):
+        save(manager, step, small)
+        sizes.append(len({path.stat().st_size for path in (tmp_path / "shm").rglob("slot-*")}))
+    assert sizes == [2, 2, 2, 1]
+
+
 def take(tensors: dict[str, torch.Tensor]) -> Snapshot:
     from hypershard.checkpoint.snapshot import take_snapshot
 

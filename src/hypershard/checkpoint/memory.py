@@ -36,6 +36,7 @@ from .snapshot import Snapshot, available_memory_bytes, boxes_digest
 from .sums import FileSum
 from .tier import Tier
 
+_AGENT_SECONDS = 10.0  # without a sign of life from an agent; at work it gives one every two seconds
 _PIECE_BYTES = 8 * 2**20  # of one write to a file; ext4 takes a gigabyte at once several times slower
 _HYPERPOD_SECONDS = 30.0  # for a request to HyperPod's daemon, besides the time its bytes take
 _NUM_COPY_SLOTS = 2  # a whole one while the next is being received
@@ -195,7 +196,7 @@ class NodeTiers:
         sizes = self._peers.together(lambda: size_bytes)
         if nodes is None or nodes.num_nodes == 1 or self._roots[0] is None:
             return
-        self._client = AgentClient(nodes.agents[nodes.own])
+        self._client = AgentClient(nodes.agents[nodes.own], timeout_seconds=_AGENT_SECONDS)
         self._targets = [nodes.agents[node] for node in copy_nodes(nodes.domains, nodes.own, self._settings.num_copies)]
         client, kept = self._client, {rank: sizes[rank] for rank in self._copied_here()}
         self._peers.together(lambda: client.reserve(kept) if nodes.is_leader else None)
@@ -308,11 +309,15 @@ class NodeTiers:
         """After some saves, give back memory that only an earlier start used (other ranks, other sizes)."""
         self._num_saves += 1
         memory_root, nodes = self._roots[0], self._nodes
-        if self._num_saves != _SETTLED_SAVES or memory_root is None or nodes is None or not nodes.is_leader:
+        if self._num_saves != _SETTLED_SAVES or memory_root is None or nodes is None or self._pool is None:
             return
+        in_use = {slot.path for slot in self._pool.slots}
+        for path in rank_folder(memory_root, OWN, self._peers.rank).glob("slot-*"):
+            if path not in in_use:
+                path.unlink(missing_ok=True)
         own = {rank_folder(memory_root, OWN, rank) for rank in nodes.ranks[nodes.own]}
         kept = {rank_folder(memory_root, COPIES, rank) for rank in self._copied_here()}
-        for folder in memory_root.glob("*/rank-*"):
+        for folder in memory_root.glob("*/rank-*") if nodes.is_leader else ():
             if folder not in own | kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
