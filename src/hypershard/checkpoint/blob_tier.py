@@ -242,7 +242,8 @@ def _decode(content: memoryview, item: Item) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, item.dtype)
     if not content.nbytes:
         return torch.empty(item.sizes, dtype=dtype)
-    return torch.frombuffer(content, dtype=dtype).view(item.sizes)
+    # Torch knows no read-only tensors, and what came from a client's `bytes` is read-only.
+    return torch.frombuffer(bytearray(content) if content.readonly else content, dtype=dtype).view(item.sizes)
 
 
 def _layout(
