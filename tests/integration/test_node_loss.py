@@ -95,8 +95,9 @@ def restored(run_dir: Path) -> list[int]:
     return [record["step"] for record in read_json_lines(run_dir / "events.jsonl") if record["event"] == "started"]
 
 
-def last_saved(run_dir: Path) -> int:
-    return max(record["step"] for record in read_json_lines(run_dir / "events.jsonl") if record["event"] == "saved")
+def last_two_saved(run_dir: Path) -> list[int]:
+    """The newest save may not have reached the other node when this one was lost; the one before it had."""
+    return [record["step"] for record in read_json_lines(run_dir / "events.jsonl") if record["event"] == "saved"][-2:]
 
 
 def test_a_lost_node_costs_no_more_than_one_save(nodes: list[Node], tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_lost_node_costs_no_more_than_one_save(nodes: list[Node], tmp_path: Pa
     for number, step in enumerate((18, 33)):
         job = Job(nodes, run_dir, tmp_path / f"logs{number + 1}", ranks_per_node=1, resume_from_checkpoint="auto")
         job.wait_for_step(step)
-        saved = last_saved(run_dir)
+        saved = last_two_saved(run_dir)
         lost = nodes[1 - number]
         lost.lose()
         for node in nodes:
@@ -115,8 +116,7 @@ def test_a_lost_node_costs_no_more_than_one_save(nodes: list[Node], tmp_path: Pa
                 node.kill("tests.faults.launcher")
         lost.come_back()
         job = Job(nodes, run_dir, tmp_path / f"logs{number + 3}", ranks_per_node=1, resume_from_checkpoint="auto")
-        # The save of `saved` may not have reached the other node when this one was lost; the one before it had.
-        assert job.wait_for_start() >= saved - 5 > 0, job.said()
+        assert job.wait_for_start() in saved, job.said()
         for node in nodes:
             node.kill("hypershard.cli.main")
             node.kill("tests.faults.launcher")
@@ -133,15 +133,16 @@ def test_what_a_lost_node_held_is_loaded_by_any_number_of_ranks(
     """Two nodes of two ranks; then the second alone, whose memory holds its own blobs and copies of the first one's."""
     run_dir = tmp_path / "run"
     job = Job(nodes, run_dir, tmp_path / "logs", ranks_per_node=2, train_batch_size=1)
-    job.wait_for_step(17)
+    job.wait_for_step(22)
+    saved = last_two_saved(run_dir)
     nodes[0].lose()
     nodes[1].kill("hypershard.cli.main")
     nodes[1].kill("tests.faults.launcher")
-    flags = {"train_batch_size": 1, "max_steps": 25, "sharding_strategy": "hybrid" if num_ranks == 2 else "full"}
+    flags = {"train_batch_size": 1, "max_steps": 40, "sharding_strategy": "hybrid" if num_ranks == 2 else "full"}
     job = Job(nodes[1:], run_dir, tmp_path / "more", ranks_per_node=num_ranks, resume_from_checkpoint="auto", **flags)
     job.finish()
     start = restored(run_dir)[-1]
-    assert start in (10, 15)
+    assert start in saved
     tokens = {record["step"]: record["tokens"] for record in steps(run_dir)}
     context = int(SMALL["max_context_width"])
     assert tokens[start + 1] - tokens[start] == num_ranks * context, "no sample is lost or repeated"
