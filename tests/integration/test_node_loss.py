@@ -107,13 +107,13 @@ def test_a_lost_node_costs_no_more_than_one_save(nodes: list[Node], tmp_path: Pa
     for number, step in enumerate((18, 33)):
         job = Job(nodes, run_dir, tmp_path / f"logs{number + 1}", ranks_per_node=1, resume_from_checkpoint="auto")
         job.wait_for_step(step)
-        saved = last_two_saved(run_dir)
         lost = nodes[1 - number]
         lost.lose()
         for node in nodes:
             if node is not lost:
                 node.kill("hypershard.cli.main")
                 node.kill("tests.faults.launcher")
+        saved = last_two_saved(run_dir)
         lost.come_back()
         job = Job(nodes, run_dir, tmp_path / f"logs{number + 3}", ranks_per_node=1, resume_from_checkpoint="auto")
         assert job.wait_for_start() in saved, job.said()
@@ -134,10 +134,10 @@ def test_what_a_lost_node_held_is_loaded_by_any_number_of_ranks(
     run_dir = tmp_path / "run"
     job = Job(nodes, run_dir, tmp_path / "logs", ranks_per_node=2, train_batch_size=1)
     job.wait_for_step(22)
-    saved = last_two_saved(run_dir)
     nodes[0].lose()
     nodes[1].kill("hypershard.cli.main")
     nodes[1].kill("tests.faults.launcher")
+    saved = last_two_saved(run_dir)
     flags = {"train_batch_size": 1, "max_steps": 40, "sharding_strategy": "hybrid" if num_ranks == 2 else "full"}
     job = Job(nodes[1:], run_dir, tmp_path / "more", ranks_per_node=num_ranks, resume_from_checkpoint="auto", **flags)
     job.finish()
