@@ -53,7 +53,7 @@ bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer
 bench-checkpoint: $(INSTALLED) ## stall, bandwidth and restore time of every tier against plain copies, torch's and AWS's writers
 	$(BIN)/python benchmarks/checkpoint.py $(if $(OUTPUT),--output $(OUTPUT))
 
-chaos: $(INSTALLED) ## a two-node cluster and FAULTS faults of every kind (root); SEED=n replays one campaign
+chaos: $(INSTALLED) ## break a training 200 times (FAULTS=n) on two nodes of namespaces (root; some 20 minutes); SEED=n replays
 	$(BIN)/python -m tests.faults.chaos --faults $(or $(FAULTS),200) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove the environment and caches, keep runs/
