@@ -183,7 +183,7 @@ class Agent:
             pass  # as clients do when they are done
         except WireError as error:
             logger.warning(f"{where} {error}")
-        except Exception:
+        except Exception:  # an agent outlives any request
             logger.exception(f"a request of {where} failed")
         finally:
             connection.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..errors import CheckpointError, DamagedCheckpoint
-from .blob import HEAD_BYTES, Item
-from .dcp_format import ByteSink, Part, layout_bytes, part_name, plan_globally, write_part
-from .manifest import FACTS, METADATA, Manifest, StoredCheckpoint, stored_checkpoints
+from .blob import Item
+from .dcp_format import ByteSink, Part, part_name, plan_globally, write_part
+from .durable import commit_folder
+from .manifest import Manifest, StoredCheckpoint, stored_checkpoints
 from .node_blobs import Blob, BlobSet
-from .stores import MANIFEST, Store
-from .sums import FileSum, sum_of
+from .snapshot import dtype_of, view_of
+from .stores import Store
 from .transfer import Progress, files_at_once, in_parallel, new_folder
 
 
@@ -45,7 +45,7 @@ def assemble(blobs: BlobSet, target: Store, progress: Progress) -> StoredCheckpo
                 return
             _verify(blob, progress)
             with _mapped(blob.path) as memory, target.stream(folder, file, seconds=None) as sink:
-                tensors = {_index(item): _view(memory, item) for item in blob.table.items}
+                tensors = {_index(item): view_of(memory, item) for item in blob.table.items}
                 written[number] = write_part(plan, tensors, _Told(sink, progress), file=file)
                 if not blob.is_still_there():
                     raise _gone(blob)
@@ -54,18 +54,9 @@ def assemble(blobs: BlobSet, target: Store, progress: Progress) -> StoredCheckpo
         in_parallel(tasks, num_threads=files_at_once(target), progress=progress)
         table = held[0].table
         parts = [written[number] for number in range(blobs.num_parts)]
-        small = {
-            METADATA: layout_bytes(metadata, parts),
-            FACTS: (json.dumps({**table.facts, "step": table.step}, indent=1) + "\n").encode(),
-        }
-        files: dict[str, FileSum] = {part.file: part.sum for part in parts if part.sum is not None}
-        for name, content in small.items():
-            target.write(folder, name, content)
-            files[name] = sum_of(content)
-        torch_version = str(torch.__version__)
-        manifest = Manifest(table.step, table.lineage, blobs.saved_at, table.world_size, torch_version, files)
-        target.settle(folder)
-        target.write(folder, MANIFEST, manifest.to_bytes(), is_new=True)
+        facts, torch_version = {**table.facts, "step": table.step}, str(torch.__version__)
+        about = Manifest(table.step, table.lineage, blobs.saved_at, table.world_size, torch_version, {})
+        commit_folder(target, folder, parts, metadata=metadata, facts=facts, about=about)
     return next(one for one in stored_checkpoints(target) if one.folder == folder)
 
 
@@ -102,7 +93,7 @@ def _plan(items: tuple[Item, ...]) -> SavePlan:
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(
                 ChunkStorageMetadata(torch.Size(item.offsets), torch.Size(item.sizes)),
-                TensorProperties(dtype=_dtype(item)),
+                TensorProperties(dtype=dtype_of(item)),
                 torch.Size(item.shape),
             ),
         )
@@ -112,25 +103,9 @@ def _plan(items: tuple[Item, ...]) -> SavePlan:
     return SavePlan(writes, planner_data={item.name: (item.name,) for item in items})
 
 
-def _dtype(item: Item) -> torch.dtype:
-    dtype = getattr(torch, item.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise DamagedCheckpoint(f"{item.name} has dtype {item.dtype!r}")
-    return dtype
-
-
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     """The file's bytes, read when touched. Private and writable, because torch warns of memory it may not write."""
     with open(path, "rb") as file:
         # Not closed at the end: the tensors that look into it go a moment later and take it with them.
         yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def _view(memory: mmap.mmap, item: Item) -> torch.Tensor:
-    """A tensor whose storage is just the item's own range."""
-    if not item.size_bytes:
-        return torch.empty(item.sizes, dtype=_dtype(item))
-    dtype = _dtype(item)
-    num_elements = item.size_bytes // dtype.itemsize
-    return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=HEAD_BYTES + item.begin).view(item.sizes)

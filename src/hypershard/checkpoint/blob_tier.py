@@ -32,6 +32,7 @@ from .memory_files import scan
 from .metadata import check_same_model
 from .nodes import Nodes
 from .peers import Peers
+from .snapshot import dtype_of
 from .sums import FileSource, Source
 from .tier import CheckpointRecord
 
@@ -239,7 +240,7 @@ def _is_whole(held: Sequence[Holding]) -> bool:
 
 
 def _decode(content: memoryview, item: Item) -> torch.Tensor:
-    dtype: torch.dtype = getattr(torch, item.dtype)
+    dtype = dtype_of(item)
     if not content.nbytes:
         return torch.empty(item.sizes, dtype=dtype)
     # Torch knows no read-only tensors, and what came from a client's `bytes` is read-only.
@@ -255,12 +256,8 @@ def _layout(
     shapes: dict[MetadataIndex, Item] = {}
     for part, items in sorted(items_by_part.items()):
         for item in items:
-            dtype = getattr(torch, item.dtype, None)
-            if not isinstance(dtype, torch.dtype):
-                raise DamagedCheckpoint(f"{item.name} has dtype {item.dtype!r}")
-            entry = tensors.setdefault(
-                item.name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(item.shape), [])
-            )
+            properties = TensorProperties(dtype=dtype_of(item))
+            entry = tensors.setdefault(item.name, TensorStorageMetadata(properties, torch.Size(item.shape), []))
             index = MetadataIndex(item.name, torch.Size(item.offsets))
             if index in places:
                 continue

@@ -149,7 +149,7 @@ def reserve(root: Path, copies: Mapping[int, int]) -> None:
         for path, size_bytes in missing.items():
             claim(path, size_bytes)
             claimed.append(path)
-    except BaseException:
+    except BaseException:  # also a signal: memory that is half claimed would stay taken
         for path in claimed:
             path.unlink()
         raise

@@ -67,7 +67,7 @@ class _Summing(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             self._sink.write(data)
-        except Exception as error:
+        except Exception as error:  # whatever it is, `write_part` raises it again
             self.refusal = error
             raise
         self.running.add(data)

@@ -8,8 +8,9 @@ until the manifest is written the folder does not count, so there is no moment w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,28 @@ from .snapshot import Snapshot
 from .stores import MANIFEST, Store
 from .sums import FileSum, sum_of
 from .tier import CheckpointRecord
+
+
+def commit_folder(
+    store: Store,
+    folder: str,
+    parts: Sequence[Part],
+    *,
+    metadata: Metadata,
+    facts: Mapping[str, Any],
+    about: Manifest,
+) -> None:
+    """Make a folder whose `parts` are written a checkpoint: its layout, its facts, and last the manifest.
+
+    `about` is the manifest without files.
+    """
+    small = {METADATA: layout_bytes(metadata, parts), FACTS: (json.dumps(facts, indent=1) + "\n").encode()}
+    files: dict[str, FileSum] = {part.file: part.sum for part in parts if part.sum is not None}
+    for name, content in small.items():
+        store.write(folder, name, content)
+        files[name] = sum_of(content)
+    store.settle(folder)
+    store.write(folder, MANIFEST, dataclasses.replace(about, files=files).to_bytes(), is_new=True)
 
 
 class DurableTier:
@@ -79,7 +102,7 @@ class DurableTier:
                 # Added here because it differs between ranks, and one failure should read the same on all.
                 room = self.store.room(snapshot.size_bytes)
                 raise StorageError(f"{error}; {room}. Older checkpoints are untouched") from error
-            self.peers.on_main(lambda: self._commit(stored, parts, metadata, facts, lineage))
+            self.peers.on_main(lambda: self._commit(stored, parts, metadata, {**facts, "step": step}, lineage))
         except Exception:  # whatever failed, half a checkpoint must not stay
             if self.peers.is_main:
                 with contextlib.suppress(StorageError):  # the error that made it useless is on its way
@@ -121,22 +144,13 @@ class DurableTier:
     def _commit(
         self,
         stored: StoredCheckpoint,
-        parts: list[Part],
+        parts: Sequence[Part],
         metadata: Metadata,
-        facts: Mapping[str, Any],
+        facts: dict[str, Any],
         lineage: Lineage,
     ) -> None:
-        small = {
-            METADATA: layout_bytes(metadata, parts),
-            FACTS: (json.dumps({**facts, "step": stored.step}, indent=1) + "\n").encode(),
-        }
-        files: dict[str, FileSum] = {part.file: part.sum for part in parts if part.sum is not None}
-        for name, content in small.items():
-            self.store.write(stored.folder, name, content)
-            files[name] = sum_of(content)
-        manifest = Manifest(stored.step, lineage, now(), self.peers.size, str(torch.__version__), files)
-        self.store.settle(stored.folder)
-        self.store.write(stored.folder, MANIFEST, manifest.to_bytes(), is_new=True)
+        about = Manifest(stored.step, lineage, now(), self.peers.size, str(torch.__version__), {})
+        commit_folder(self.store, stored.folder, parts, metadata=metadata, facts=facts, about=about)
 
     def list(self) -> list[CheckpointRecord]:
         records = self.peers.on_main(lambda: [stored.record for stored in self.place.finished()])

@@ -26,7 +26,7 @@ from .policy import seconds_to_stop, steps_to_delete
 from .restore import Search, restore_newest
 from .slots import Slot
 from .snapshot import Snapshot, Snapshots
-from .stores import RUN_FILE, Store
+from .stores import RUN_FILE, Store, run_of
 from .tier import CheckpointRecord, Tier
 
 MEMORY, LOCAL = "memory", "local"  # the tiers on the nodes among what is due
@@ -137,8 +137,9 @@ class CheckpointManager:
         def find() -> str | None:
             found: dict[str, str] = {}
             for store in stores:
-                with contextlib.suppress(FileNotFoundError, StorageError, UnicodeDecodeError):
-                    found.setdefault(store.read("", RUN_FILE).decode("ascii").strip(), store.location)
+                with contextlib.suppress(StorageError):
+                    if (run := run_of(store)) is not None:
+                        found.setdefault(run, store.location)
             if len(found) > 1:
                 places = " and ".join(f"{location} (run {run})" for run, location in found.items())
                 raise CheckpointError(

@@ -15,7 +15,6 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DamagedCheckpoint
@@ -209,8 +208,3 @@ def existing_place(location: str) -> Place:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such directory; expected a run or checkpoint directory, or an s3:// URI")
     return place
-
-
-def local_folder(store: Store) -> Path | None:
-    """The directory of a store on a disk; None for one that is not."""
-    return store.directory if isinstance(store, DiskStore) else None

@@ -1,7 +1,7 @@
 """The tiers on the nodes themselves: memory slots, copies of them in other nodes' memory, files on node-local disks.
 
 Nothing here is collective while training: each rank commits its own blob, and its node's agent hands copies to other
-nodes. `save` may be called again only when every rank's last one is `is_idle` (the training step's all-reduce carries
+nodes. A save may begin only when every rank's lane to the tiers is idle (the training step's all-reduce carries
 that), so the save before the one being written is always whole everywhere.
 """
 
@@ -22,7 +22,7 @@ from ..errors import HypershardError, StorageError
 from ..storage import make_directory, readable_errors, sync_directory
 from ..units import format_bytes
 from .agent_client import AgentAddress, AgentClient, ensure_agent
-from .blob import BlobTable, Item, blob_bytes, table_bytes
+from .blob import HEAD_BYTES, BlobTable, Item, blob_bytes, table_bytes
 from .blob_tier import HyperPodTier, NodeBlobTier
 from .hyperpod import HyperPodMemory
 from .lineage import NO_LINEAGE, Lineage
@@ -75,7 +75,6 @@ class NodeTiers:
     def __init__(self, settings: NodeSettings, *, peers: Peers, device: torch.device):
         self._settings = settings
         self._peers = peers
-        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._run = ""
         self._roots: tuple[Path | None, Path | None] = (None, None)
@@ -85,7 +84,7 @@ class NodeTiers:
         self._client: AgentClient | None = None
         self._hyperpod: HyperPodMemory | None = None
         self._targets: list[AgentAddress] = []
-        self._num_saves = 0
+        self._num_saves = self._num_local_saves = 0
 
     # --- before training -------------------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ class NodeTiers:
         folder = None
         if memory_root is not None:
             folder = make_directory(rank_folder(memory_root, OWN, self._peers.rank))
-        self._check_budget(folder, num_slots=num_slots, size_bytes=size)
+        sizes = self._check_budget(folder, num_slots=num_slots, size_bytes=size)
 
         def claim() -> SlotPool:
             return SlotPool(
@@ -149,10 +148,10 @@ class NodeTiers:
         pool: list[SlotPool] = []
         self._peers.together(lambda: pool.append(claim()))
         self._pool = pool[0]
-        self._reserve_copies(size)
+        self._reserve_copies(sizes)
 
-    def _check_budget(self, folder: Path | None, *, num_slots: int, size_bytes: int) -> None:
-        """Compare what all ranks of each node will claim with what the node has."""
+    def _check_budget(self, folder: Path | None, *, num_slots: int, size_bytes: int) -> list[int]:
+        """Compare what all ranks of each node will claim with what the node has; returns each rank's size of a slot."""
         found = len(existing_slots(folder, size_bytes)[:num_slots]) if folder is not None else 0
         sizes = self._peers.together(lambda: (size_bytes, (num_slots - found) * size_bytes))
         nodes, memory_root = self._nodes, self._roots[0]
@@ -182,6 +181,7 @@ class NodeTiers:
             )
 
         self._peers.together(check)
+        return [size for size, _ in sizes]
 
     def _copied_here(self) -> list[int]:
         """Ranks whose copies this node keeps."""
@@ -191,9 +191,8 @@ class NodeTiers:
         keepers = [copy_nodes(nodes.domains, node, self._settings.num_copies) for node in range(nodes.num_nodes)]
         return [rank for node, ranks in enumerate(nodes.ranks) if nodes.own in keepers[node] for rank in ranks]
 
-    def _reserve_copies(self, size_bytes: int) -> None:
+    def _reserve_copies(self, sizes: list[int]) -> None:
         nodes = self._nodes
-        sizes = self._peers.together(lambda: size_bytes)
         if nodes is None or nodes.num_nodes == 1 or self._roots[0] is None:
             return
         self._client = AgentClient(nodes.agents[nodes.own], timeout_seconds=_AGENT_SECONDS)
@@ -209,7 +208,8 @@ class NodeTiers:
         def remove() -> None:
             if nodes is not None and nodes.is_leader:
                 if is_over and nodes.agents:
-                    AgentClient(nodes.agents[nodes.own]).stop()
+                    with contextlib.suppress(HypershardError):  # it is gone already
+                        AgentClient(nodes.agents[nodes.own]).stop()
                 for folder in roots if is_over else [root / kind for root in roots for kind in (OWN, COPIES)]:
                     shutil.rmtree(folder, ignore_errors=True)
             if self._hyperpod is not None and self._peers.is_main:
@@ -283,7 +283,7 @@ class NodeTiers:
         folder = make_directory(rank_folder(root, OWN, table.rank))
         path = folder / f"step-{table.step:08d}.blob"
         temporary = folder / f".{path.name}.tmp"
-        size = blob_bytes(bytes(slot.memory[:4096]))
+        size = blob_bytes(bytes(slot.memory[:HEAD_BYTES]))
         assert size is not None
         try:
             with readable_errors(path, "writing"), open(temporary, "wb", buffering=0) as file:
@@ -304,21 +304,31 @@ class NodeTiers:
             superfluous += [one for one in held if one[0] < table.lineage]
         for _, _, found in superfluous:
             found.unlink(missing_ok=True)
+        self._num_local_saves += 1
+        if self._num_local_saves == _SETTLED_SAVES:
+            self._drop_other_ranks(root)
 
     def count_save(self) -> None:
         """After some saves, give back memory that only an earlier start used (other ranks, other sizes)."""
         self._num_saves += 1
-        memory_root, nodes = self._roots[0], self._nodes
-        if self._num_saves != _SETTLED_SAVES or memory_root is None or nodes is None or self._pool is None:
+        memory_root = self._roots[0]
+        if self._num_saves != _SETTLED_SAVES or memory_root is None or self._pool is None:
             return
         in_use = {slot.path for slot in self._pool.slots}
         for path in rank_folder(memory_root, OWN, self._peers.rank).glob("slot-*"):
             if path not in in_use:
                 path.unlink(missing_ok=True)
-        own = {rank_folder(memory_root, OWN, rank) for rank in nodes.ranks[nodes.own]}
-        kept = {rank_folder(memory_root, COPIES, rank) for rank in self._copied_here()}
-        for folder in memory_root.glob("*/rank-*") if nodes.is_leader else ():
-            if folder not in own | kept:
+        self._drop_other_ranks(memory_root)
+
+    def _drop_other_ranks(self, root: Path) -> None:
+        """Delete below `root` what belongs to ranks that this node neither runs nor keeps copies of any more."""
+        nodes = self._nodes
+        if nodes is None or not nodes.is_leader:
+            return
+        needed = {rank_folder(root, OWN, rank) for rank in nodes.ranks[nodes.own]}
+        needed |= {rank_folder(root, COPIES, rank) for rank in self._copied_here()}
+        for folder in root.glob("*/rank-*"):
+            if folder not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def release(self, slot: Slot) -> None:

@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import DamagedCheckpoint, StorageError
@@ -87,15 +87,23 @@ def claim(path: Path, size_bytes: int) -> None:
         os.close(descriptor)
 
 
-def scan(root: Path) -> Iterator[tuple[Path, BlobTable]]:
-    """All finished blobs below `root` and what they say of themselves; a damaged table is named and passed over."""
+def scan(root: Path, tell: Callable[[str], None] = logger.warning) -> Iterator[tuple[Path, BlobTable]]:
+    """All finished blobs below `root` and what they say of themselves; `tell` is told of damaged tables."""
     for path in sorted(root.glob("*/rank-*/[!.]*")):  # not what is being written
         try:
-            table = read_table(FileSource(path))
+            table = _table_of(path)
         except DamagedCheckpoint as error:
-            logger.warning(f"{error}; it is passed over")
+            tell(f"{error}; it is passed over")
             continue
-        except (OSError, StorageError):  # deleted since it was listed
+        except OSError:  # deleted since it was listed
             continue
         if table is not None:
             yield path, table
+
+
+def _table_of(path: Path) -> BlobTable | None:
+    try:
+        return read_table(FileSource(path))
+    except DamagedCheckpoint:
+        # A job that began to write it anew between the head and the table has zeroed the head by now.
+        return read_table(FileSource(path))

@@ -20,7 +20,7 @@ from ..storage import readable_errors
 from .agent_client import LOCK_FILE
 from .blob import BlobTable, blob_damage, read_table
 from .lineage import Lineage
-from .memory_files import user_folder
+from .memory_files import scan, user_folder
 from .sums import FileSource, Source
 
 _RUN_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
@@ -115,33 +115,14 @@ def run_root(directory: Path, run: str) -> Path | None:
 def blobs_below(root: Path, *, tier: str, run: str) -> NodeBlobs:
     """The blobs of `run` that are below `root` now."""
     held: dict[tuple[Lineage, int], list[Blob]] = {}
-    damage = []
-    for path in sorted(root.glob("*/rank-*/*")):
-        if path.name.startswith("."):
-            continue  # half written
-        try:
-            table = _table(path)
-        except DamagedCheckpoint as error:
-            damage.append(str(error))
-            continue
-        if table is not None and table.job == run:
+    damage: list[str] = []
+    for path, table in scan(root, damage.append):
+        if table.job == run:
             held.setdefault((table.lineage, table.step), []).append(Blob(path, table))
     sets = [
         BlobSet(tier, run, lineage, step, tuple(blobs)) for (lineage, step), blobs in sorted(held.items(), reverse=True)
     ]
     return NodeBlobs(tuple(sets), tuple(damage))
-
-
-def _table(path: Path) -> BlobTable | None:
-    try:
-        return read_table(FileSource(path))
-    except FileNotFoundError:
-        return None
-    except DamagedCheckpoint:
-        # A job that began to write it anew between the head and the table has zeroed the head by now.
-        with contextlib.suppress(FileNotFoundError):
-            return read_table(FileSource(path))
-        return None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..log import logger
 from ..units import format_bytes
 from .blob import ALIGNMENT_BYTES, HEAD_BYTES, NO_HEAD, BlobTable, Item, head_bytes, read_table, table_bytes
 from .memory_files import claim
-from .snapshot import Snapshot
+from .snapshot import Snapshot, view_of
 from .sums import FileSource, FileSum, sum_of
 
 _TABLE_ROOM_BYTES = 2**16  # the facts' numbers grow by some digits over a run
@@ -69,18 +69,11 @@ class Slot:
         with torch.no_grad(), torch.cuda.stream(stream):
             for planned, item in zip(snapshot.plan.items, items, strict=True):
                 part = snapshot.parts[planned.index]
-                parts[planned.index] = self._view(part, item).copy_(part, non_blocking=stream is not None)
+                parts[planned.index] = view_of(self.memory, item).copy_(part, non_blocking=stream is not None)
         if stream is not None:
             self._copied = stream.record_event()
             self._snapshot = snapshot
         return dataclasses.replace(snapshot, parts=parts)
-
-    def _view(self, part: torch.Tensor, item: Item) -> torch.Tensor:
-        """A tensor of `part`'s kind whose storage is just its own range of this memory."""
-        if not part.numel():
-            return torch.empty(part.shape, dtype=part.dtype)
-        offset = HEAD_BYTES + item.begin
-        return torch.frombuffer(self.memory, dtype=part.dtype, count=part.numel(), offset=offset).view(part.shape)
 
     def wait(self) -> None:
         """Return when the copy is done."""

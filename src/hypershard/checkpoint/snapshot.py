@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from .blob import Item, layout_items
+from ..errors import DamagedCheckpoint
+from .blob import HEAD_BYTES, Item, layout_items
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,23 @@ def _box(item: WriteItem) -> tuple[str, str, tuple[int, ...], tuple[int, ...], t
     assert data is not None, "a checkpoint's state holds tensors only"
     dtype = str(data.properties.dtype).removeprefix("torch.")
     return item.index.fqn, dtype, tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+
+
+def dtype_of(item: Item) -> torch.dtype:
+    """Raises DamagedCheckpoint when torch knows no such dtype."""
+    dtype = getattr(torch, item.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedCheckpoint(f"{item.name} has dtype {item.dtype!r}")
+    return dtype
+
+
+def view_of(memory: mmap.mmap, item: Item) -> torch.Tensor:
+    """An item of the blob in `memory` as a tensor whose storage is just its own range."""
+    dtype = dtype_of(item)
+    if not item.size_bytes:
+        return torch.empty(item.sizes, dtype=dtype)
+    count = item.size_bytes // dtype.itemsize
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=HEAD_BYTES + item.begin).view(item.sizes)
 
 
 def boxes_digest(snapshot: Snapshot) -> str:

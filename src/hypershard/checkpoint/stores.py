@@ -39,8 +39,6 @@ class Store(Protocol):
     def is_remote(self) -> bool:
         """Whether it may be out of reach for a while without anybody's fault."""
 
-    def at(self, location: str) -> Store: ...
-
     def where(self, folder: str, name: str = "") -> str:
         """The path or URI of a folder, or of a file in it."""
 
@@ -77,6 +75,16 @@ class Store(Protocol):
         """For an error: how much room there is for this rank's `size_bytes`, and which flag names the place."""
 
 
+def run_of(store: Store) -> str | None:
+    """The id of the run that saves to `store`; None when it holds none. Raises StorageError."""
+    try:
+        return store.read("", RUN_FILE).decode("ascii").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise StorageError(f"{store.location} holds a damaged {RUN_FILE}: {error}") from error
+
+
 @dataclass(frozen=True)
 class DiskStore:
     """A directory on a disk that all ranks share."""
@@ -88,9 +96,6 @@ class DiskStore:
     @property
     def location(self) -> str:
         return str(self.directory)
-
-    def at(self, location: str) -> DiskStore:
-        return DiskStore(Path(location), self.name)
 
     def where(self, folder: str, name: str = "") -> str:
         return str(self.directory / folder / name) if name else str(self.directory / folder)
@@ -213,9 +218,6 @@ class S3Store:
     @property
     def location(self) -> str:
         return str(self.uri)
-
-    def at(self, location: str) -> S3Store:
-        return S3Store(S3Uri.parse(location), self.client)
 
     def where(self, folder: str, name: str = "") -> str:
         return str(self.uri / folder / name) if name else str(self.uri / folder)

@@ -228,16 +228,6 @@ def _beside(store: Store, folder: str, name: str) -> bytes | None:
     return None
 
 
-def run_of(store: Store) -> str | None:
-    """The id of the run that saves to `store`; None when it holds none. Raises StorageError."""
-    try:
-        return store.read("", RUN_FILE).decode("ascii").strip()
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise StorageError(f"{store.location} holds a damaged {RUN_FILE}: {error}") from error
-
-
 def configuration_of(store: Store) -> Path | None:
     """The `config.yaml` of the run whose checkpoints lie in a store on a disk; None when there is none."""
     if not isinstance(store, DiskStore):

@@ -163,7 +163,7 @@ def connect(host: str, port: int, token: str, *, timeout_seconds: float) -> Wire
         if not hmac.compare_digest(proof, _mac(token.encode(), b"agent" + nonces)):
             raise WireError("does not know its own token: something else answers at this address")
         return _wire(connection, token, nonces, ("to agent", "to client"), timeout_seconds)
-    except BaseException:
+    except BaseException:  # also a signal: nobody else knows of the connection yet
         connection.close()
         raise
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..checkpoint.manifest import Place, StoredCheckpoint, existing_place
 from ..checkpoint.node_blobs import BlobSet, NodeBlobs, blobs_below, run_root
-from ..checkpoint.stores import DiskStore, open_store
+from ..checkpoint.stores import DiskStore, open_store, run_of
 from ..checkpoint.survey import Condition, Found, survey
-from ..checkpoint.transfer import configuration_of, run_of
+from ..checkpoint.transfer import configuration_of
 from ..config.schema import CheckpointConfig
 from ..config.sources import Layer, read_yaml, resolve
 from ..errors import CheckpointError, ConfigError, StorageError

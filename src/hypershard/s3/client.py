@@ -89,14 +89,6 @@ class S3:
                     found[name] = int(entry["Size"])
         return found
 
-    def list_folders(self, prefix: S3Uri, *, deadline: Deadline) -> list[str]:
-        """Names of the folders directly below `prefix`, in order."""
-        return [
-            entry["Prefix"].removeprefix(prefix.prefix).rstrip("/")
-            for page in self._pages(_LIST_OBJECTS, prefix, deadline, Delimiter="/")
-            for entry in page.get("CommonPrefixes", [])
-        ]
-
     def delete(self, uris: Iterable[S3Uri], *, deadline: Deadline) -> None:
         """Delete objects of one bucket or several; one that is not there is fine."""
         keys: dict[str, list[str]] = {}

@@ -71,7 +71,7 @@ class Upload(io.RawIOBase):
                 self._buffer[self._filled : self._filled + piece.nbytes] = piece
                 self._filled += piece.nbytes
                 view = view[piece.nbytes :]
-        except BaseException:
+        except BaseException:  # also a signal: open uploads cost money
             self.abort()
             raise
         self._size_bytes += num_bytes
