@@ -104,14 +104,51 @@ class DataConfig:
 
     dataset: str = setting(
         "embedded",
-        "'embedded' (a small text corpus that needs no network), a folder of token bins, or .txt/.jsonl file or folder",
+        "'embedded' (a small text corpus that needs no network); token bins; text, JSONL, Parquet or Arrow files (a "
+        "path or s3:// URI); a hub name; or several with weights, such as a:0.7,b:0.3",
     )
-    text_field: str = setting("text", "JSONL: key that holds the text")
+    dataset_config_name: str | None = setting(None, "which configuration of a hub data set; default: its own default")
+    data_kind: str = setting(
+        "auto",
+        "rows are plain text or conversations; auto: conversations where the first row has messages_field",
+        choices=("auto", "text", "chat"),
+    )
+    text_field: str = setting("text", "key or column that holds the text")
+    messages_field: str = setting("messages", "key or column that holds a conversation's messages")
     tokenizer: str | None = setting(
-        None, "folder or tokenizer.json; default: the data set's own, else the embedded one"
+        None, "folder, tokenizer.json or hub name; default: the data set's own, else the embedded one"
+    )
+    chat_template: str | None = setting(None, "file with a Jinja chat template; default: the tokenizer's own")
+    malformed_rows: str = setting(
+        "refuse", "rows that cannot be read: stop with their line, or skip and count them", choices=("refuse", "skip")
+    )
+    packing: str | None = setting(
+        None,
+        "concat: documents one after another, cut where a sequence is full; best_fit: whole documents, packed so that "
+        "little is padded; default: best_fit for conversations, else concat",
+        choices=("concat", "best_fit"),
+    )
+    long_documents: str | None = setting(
+        None,
+        "documents longer than a sequence: split over several, truncate (counted), or drop (counted); default: "
+        "truncate for conversations, else split",
+        choices=("split", "truncate", "drop"),
     )
     document_mask: bool = setting(
         True, "packed documents do not see each other (positions restart, attention stays inside)"
+    )
+    streaming: bool | None = setting(
+        None, "tokenise while training instead of once before; default: for hub names and s3:// text, not for local files"
+    )
+    shuffle_window: int = setting(
+        256, "streaming: documents shuffled at a time in each of the stream's lanes", minimum=1, unit="documents"
+    )
+    num_workers: int | None = setting(
+        None, "processes per GPU that tokenise a stream; default: what the CPU cores give, at most 4", minimum=0
+    )
+    prefetch_steps: int = setting(2, "steps whose batches are made ahead, beside the training; 0: none", minimum=0)
+    restart_data: bool = setting(
+        False, "on resume with other data, seed or context: go on from the data's beginning instead of refusing"
     )
     train_batch_size: int = setting(1, "sequences per GPU and micro-step", minimum=1)
     val_batch_size: int | None = setting(None, "sequences per GPU in validation; default: train_batch_size", minimum=1)
