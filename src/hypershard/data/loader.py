@@ -1,107 +1,186 @@
-"""Steps -> this rank's batches. Nothing is kept between calls, so there is nothing to save or restore.
+"""Steps -> this rank's batches, made ahead beside the training; and validation's batches.
 
-What a run resumes from is the number of samples consumed and the source's fingerprint. At position P the global
-batch is the samples at [P, P + G), G = accumulation * world_size * batch_size; micro-step m of rank r holds at
-item b the sample at P + (m * world_size + r) * batch_size + b.
+At position P the global batch is the samples at [P, P + G), G = accumulation * world_size * batch_size; micro-step m of
+rank r holds at item b the sample at P + (m * world_size + r) * batch_size + b. What a run resumes from is the position,
+and for streams the lanes' cursors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ..errors import DataError
-from . import packing
-from .order import SampleOrder
-from .packing import IGNORED_LABEL, Batch
-from .source import TokenSource
+from .feed import Feed, Place
+from .mixture import Mixture
+from .packing import Batch, batch_of
+from .rows import Rows
+
+_STOP_SECONDS = 5.0  # for the thread to finish the step it is at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of each global batch is this rank's."""
+
+    rank: int
+    world_size: int
+    batch_size: int
+
+    def positions(self, first: int, micro_step: int) -> NDArray[np.int64]:
+        """Positions [batch_size] of a micro-step of the step that begins at position `first`."""
+        begin = first + (micro_step * self.world_size + self.rank) * self.batch_size
+        return np.arange(begin, begin + self.batch_size, dtype=np.int64)
+
+    def step_size(self, accumulation: int) -> int:
+        """Samples of a step over all ranks."""
+        return accumulation * self.world_size * self.batch_size
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A step's batches, and what they use up of streams."""
+
+    batches: list[Batch]
+    used: list[tuple[Place, NDArray[np.int64]]]
 
 
 class Loader:
-    """One rank's reader of one split. `num_samples`: whole sequences in it, which is an epoch."""
+    """This rank's training batches. A thread makes `prefetch_steps` ahead; `pin`: in memory a GPU can copy from."""
 
-    def __init__(
-        self,
-        source: TokenSource,
-        *,
-        context_tokens: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        document_mask: bool,
-    ):
-        """DataError: `document_mask` with a source that does not know where its documents end."""
-        assert 0 <= rank < world_size and context_tokens >= 1 and batch_size >= 1
-        if document_mask and source.eos_token_id is None:
-            raise DataError(
-                "--document_mask=1: the data set's meta.json names no eos_token_id, so documents cannot be told apart; "
-                "set --document_mask=0 or prepare the data again"
-            )
-        self.source = source
-        self.num_samples = packing.num_samples(source.num_tokens, context_tokens)
+    def __init__(self, feed: Feed, share: Share, *, context_tokens: int, prefetch_steps: int, pin: bool):
+        self._feed = feed
+        self._share = share
         self._context_tokens = context_tokens
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._document_mask = document_mask
-        self._seed = seed
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """`num_samples`, for training. DataError when the split is shorter than one sequence."""
-        if self.num_samples < 1:
-            context_tokens = self._context_tokens
-            raise DataError(
-                f"--dataset: found {self.source.num_tokens} tokens to train on; expected at least {context_tokens + 1} "
-                f"(--max_context_width={context_tokens} and one to predict); "
-                "give more text or a smaller --max_context_width"
-            )
-        return self.num_samples
+        self._prefetch_steps = prefetch_steps
+        self._pin = pin
+        self._ahead: _Ahead | None = None
 
     def step(self, first_position: int, *, accumulation: int) -> list[Batch]:
-        """This rank's micro-batches of the optimizer step whose first sample is at `first_position`."""
-        order = SampleOrder(self.samples_per_epoch, self._seed)
-        return [
-            self._batch(order.samples(self._place(first_position, micro_step), self._batch_size))
-            for micro_step in range(accumulation)
-        ]
+        """This rank's micro-batches of the optimizer step whose first sample is at `first_position`.
 
-    def validation(self, num_batches: int) -> Iterator[Batch]:
-        """`num_batches` batches of equal shape, in the order of the file, no sequence on two ranks or twice.
-
-        The end of the split is padded to a full sequence. Where sequences run out, ranks get batches whose labels
-        are all ignored: every rank must run the same number of forward passes.
+        DataError: what reading them raises, at the step that needs them.
         """
-        for index in range(num_batches):
-            first = self._place(0, index)
-            yield self._batch(np.arange(first, first + self._batch_size, dtype=np.int64))
+        made = self._next(first_position, accumulation)
+        for place, cursor in made.used:
+            self._feed.use_up(place, cursor)
+        return made.batches
 
-    def _place(self, first: int, micro_step: int) -> int:
-        return first + (micro_step * self._world_size + self._rank) * self._batch_size
+    def _next(self, first_position: int, accumulation: int) -> _Made:
+        if not self._prefetch_steps:
+            places = self._places(first_position, accumulation)
+            self._ask(places)
+            return self._make(places)
+        if self._ahead is not None and self._ahead.expected != (first_position, accumulation):
+            self.close()
+        if self._ahead is None:
+            self._ahead = _Ahead(self, first_position, accumulation, num_steps=self._prefetch_steps)
+        return self._ahead.take()
 
-    def _batch(self, samples: NDArray[np.int64]) -> Batch:
-        """The samples [B] as a batch; what lies beyond the split is padded and ignored."""
-        context_tokens = self._context_tokens
-        windows = np.zeros((len(samples), context_tokens + 1), dtype=np.int64)
-        num_labels = np.zeros(len(samples), dtype=np.int64)
-        for row, sample in enumerate(samples.tolist()):
-            start = sample * context_tokens
-            num_read = min(context_tokens + 1, self.source.num_tokens - start)
-            if num_read >= 2:
-                windows[row, :num_read] = self.source.read(start, num_read)
-                num_labels[row] = num_read - 1
-        batch = packing.pack(
-            torch.from_numpy(windows), eos_token_id=self.source.eos_token_id, document_mask=self._document_mask
-        )
-        if num_labels.min() == context_tokens:
-            return batch
-        beyond = torch.arange(context_tokens) >= torch.from_numpy(num_labels)[:, None]
-        return Batch(
-            input_ids=batch.input_ids,
-            labels=batch.labels.masked_fill(beyond, IGNORED_LABEL),
-            position_ids=batch.position_ids,
-        )
+    def close(self) -> None:
+        """End the thread and the workers; the next step starts others. What was made ahead is made again then."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        self._ahead = None
+        self._feed.close()
+
+    def restore(self, num_lanes: int, *, cursors: str | None) -> None:
+        """Go on with lanes and cursors as a checkpoint has them; see `Feed.restore`."""
+        self.close()
+        self._feed.restore(num_lanes, cursors=cursors)
+
+    def _places(self, first_position: int, accumulation: int) -> list[list[Place]]:
+        share = self._share
+        return [self._feed.places(share.positions(first_position, number)) for number in range(accumulation)]
+
+    def _ask(self, places: Sequence[Sequence[Place]]) -> None:
+        for micro_step in places:
+            self._feed.ask(micro_step)
+
+    def _make(self, places: Sequence[Sequence[Place]]) -> _Made:
+        """The batches of a step whose rows have been asked for."""
+        batches, used = [], []
+        for micro_step in places:
+            rows = []
+            for place in micro_step:
+                row, cursor = self._feed.take(place)
+                rows.append(row)
+                if cursor is not None:
+                    used.append((place, cursor))
+            batch = batch_of(rows, context_tokens=self._context_tokens)
+            batches.append(batch.pinned() if self._pin else batch)
+        return _Made(batches, used)
+
+
+class _Ahead:
+    """A thread that makes the steps from `first_position` on, `num_steps` ahead of those taken."""
+
+    def __init__(self, loader: Loader, first_position: int, accumulation: int, *, num_steps: int):
+        self.expected = (first_position, accumulation)
+        self._loader = loader
+        self._num_steps = num_steps
+        self._step_size = loader._share.step_size(accumulation)
+        self._made: queue.Queue[_Made | Exception] = queue.Queue(maxsize=num_steps)
+        self._is_stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hypershard-loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        position, accumulation = self.expected
+        asked: deque[list[list[Place]]] = deque()
+        try:
+            while not self._is_stopped.is_set():
+                while len(asked) < self._num_steps:  # workers are at later steps while this one is put together
+                    places = self._loader._places(position, accumulation)
+                    self._loader._ask(places)
+                    asked.append(places)
+                    position += self._step_size
+                self._put(self._loader._make(asked.popleft()))
+        except Exception as error:  # raised where the step is taken
+            self._put(error)
+
+    def _put(self, made: _Made | Exception) -> None:
+        while not self._is_stopped.is_set():
+            try:
+                return self._made.put(made, timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+    def take(self) -> _Made:
+        made = self._made.get()
+        if isinstance(made, Exception):
+            self._made.put(made)  # for whoever asks again
+            raise made
+        first_position, accumulation = self.expected
+        self.expected = (first_position + self._step_size, accumulation)
+        return made
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+        with contextlib.suppress(queue.Empty):  # let it put what it holds and see the flag
+            while True:
+                self._made.get_nowait()
+        self._thread.join(_STOP_SECONDS)
+
+
+def validation_batches(
+    sources: Sequence[Rows], mixture: Mixture, share: Share, *, context_tokens: int, num_batches: int
+) -> Iterator[Batch]:
+    """`num_batches` batches of equal shape, each source in its own order, no row on two ranks or twice.
+
+    Sources take turns as in training. Where rows run out, ranks get batches whose labels are all ignored: every rank
+    must run the same number of forward passes.
+    """
+    for number in range(num_batches):
+        positions = share.positions(0, number)
+        turns = mixture.turns(positions, lanes=np.zeros_like(positions), num_lanes=1)
+        pairs = zip(*(part.tolist() for part in turns), strict=True)
+        rows = [sources[source].row(index) for source, index in pairs]
+        yield batch_of(rows, context_tokens=context_tokens)

@@ -1,17 +1,26 @@
-"""From the data section to an opened data set: which kind `--dataset` means, and its train and val splits."""
+"""From the data section to an opened data set: what each name of `--dataset` means, and its train and val splits."""
 
 from __future__ import annotations
 
-import re
+import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..errors import DataError
-from .documents import is_text_file
+from ..log import logger
+from .documents import read_documents
 from .embedded import CORPUS_PATH, TOKENIZER_PATH
+from .encode import EncoderSpec, encoder_spec, guess_kind
+from .files import find_files
+from .held_out import HeldOut, hold_out
+from .hub import fetch_tokenizer
+from .mixture import parse_dataset
+from .nanogpt import is_nanogpt, open_nanogpt
 from .prepare import VAL_SHARE
-from .source import KINDS_UNDERSTOOD, Dataset
+from .records import WHOLE, DataFile
+from .source import TokenSource
 from .text import prepare_text
 from .token_bins import META_FILE, open_token_bins, read_meta
 from .tokenizer import TextTokenizer, load_tokenizer
@@ -19,105 +28,200 @@ from .tokenizer import TextTokenizer, load_tokenizer
 EMBEDDED = "embedded"
 # 1% of the embedded corpus would be some twenty short sequences: too few for a steady validation loss.
 EMBEDDED_VAL_SHARE = 0.05
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextInput:
-    """Text to tokenise: what `--dataset`, `--tokenizer` and `--text_field` mean together."""
+class Text:
+    """Files to tokenise, and how: what a name of --dataset and the flags beside it mean together."""
 
-    inputs: tuple[Path, ...]
-    tokenizer: TextTokenizer
-    text_field: str
-    val_share: float
+    name: str
+    files: tuple[DataFile, ...]
+    encoder: EncoderSpec
+    val_share: float  # of the documents, where no files are named so
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files and with how they become tokens."""
+        files = [(file.name, file.size_bytes, file.version, file.split) for file in self.files]
+        return hashlib.sha256(repr((files, self.encoder.identity, self.val_share)).encode()).hexdigest()[:32]
+
+    @property
+    def held_share(self) -> float:
+        """Share of the documents of a stream that validate; 0 where files are named so."""
+        return 0.0 if any(file.split == "val" for file in self.files) else self.val_share
+
+    def of_split(self, split: str) -> tuple[DataFile, ...]:
+        """The files named so; all of them where none is named."""
+        return tuple(file for file in self.files if file.split in (split, None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One data set of a mixture. `train` is tokens, or text that is tokenised while training."""
+
+    name: str
+    weight: Fraction | None
+    train: TokenSource | Text
+    val: TokenSource
+    is_chat: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What --dataset names, opened for training: all members come from one tokenizer."""
+
+    members: tuple[Member, ...]
+    tokenizer_path: Path | None
+    vocab_size: int
+    eos_token_id: int | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training data with their weights."""
+        if len(self.members) == 1:
+            return self.members[0].train.fingerprint
+        parts = [(member.train.fingerprint, str(member.weight)) for member in self.members]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    @property
+    def val_fingerprint(self) -> str:
+        return hashlib.sha256(repr([member.val.fingerprint for member in self.members]).encode()).hexdigest()[:32]
 
 
 def open_dataset(data: DataConfig) -> Dataset:
-    """Open what `data.dataset` names; text is tokenised first unless the cache holds it.
+    """Open what `data.dataset` names; text that is not streamed is tokenised first unless the cache holds it.
 
     With several processes on a node call `prepare_dataset` on one of them first and wait for it.
-    DataError: unknown kind, missing, truncated or empty files, a tokenizer that does not fit.
+    DataError: unknown kind, missing, truncated or empty files, tokenizers that do not fit each other or the data.
     """
-    folder = prepare_dataset(data)
-    train, val = open_token_bins(folder)
+    named = [(data.dataset, None)] if Path(data.dataset).exists() else parse_dataset(data.dataset)
+    members = tuple(_open_member(name, weight, data) for name, weight in named)
+    first = members[0].val
+    for member in members[1:]:
+        if (member.val.vocab_size, member.val.eos_token_id) != (first.vocab_size, first.eos_token_id):
+            raise DataError(
+                f"--dataset={data.dataset}: {member.name} was tokenised with {member.val.vocab_size} ids, "
+                f"{members[0].name} with {first.vocab_size}; expected one tokenizer for all: give --tokenizer, and "
+                f"prepare token bins again with it"
+            )
     return Dataset(
-        train=train,
-        val=val,
-        folder=folder,
-        tokenizer_path=train.tokenizer_path,
-        vocab_size=train.vocab_size,
-        eos_token_id=train.eos_token_id,
+        members=members,
+        tokenizer_path=first.tokenizer_path,
+        vocab_size=first.vocab_size,
+        eos_token_id=first.eos_token_id,
     )
 
 
-def prepare_dataset(data: DataConfig) -> Path:
-    """The folder of token bins behind `data.dataset`, made in `data.cache_dir` first if it is text.
+def prepare_dataset(data: DataConfig) -> None:
+    """Do for all processes of this node what they would all do: list hubs, tokenise text, hold out validation data.
 
     Errors: see `open_dataset`.
     """
-    folder = _bins_folder(data.dataset)
+    open_dataset(data)
+
+
+def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:
+    folder = _bins_folder(name)
     if folder is not None:
-        _require_same_tokenizer(folder, data.tokenizer)
-        return folder
-    text = resolve_text(data.dataset, tokenizer=data.tokenizer, text_field=data.text_field)
-    cache_dir = Path(data.cache_dir).expanduser()
-    return prepare_text(text.inputs, cache_dir, text.tokenizer, text_field=text.text_field, val_share=text.val_share)
+        if data.streaming:
+            raise DataError(f"--streaming=1: --dataset={name} holds tokens already; drop the flag")
+        train, val = open_bins(folder, data.tokenizer)
+        has_targets = train.targets(0, 1) is not None
+        return Member(name=name, weight=weight, train=train, val=val, is_chat=has_targets)
+    text = resolve_text(name, data)
+    is_chat = text.encoder.has_targets
+    if _is_streamed(text, data):
+        val: TokenSource = hold_out(_held_out(text), _cache_dir(data), malformed_rows=data.malformed_rows)
+        return Member(name=name, weight=weight, train=text, val=val, is_chat=False)
+    bins = prepare_text(
+        text.files, _cache_dir(data), text.encoder, val_share=text.val_share, malformed_rows=data.malformed_rows
+    )
+    train, val = open_token_bins(bins)
+    return Member(name=name, weight=weight, train=train, val=val, is_chat=is_chat)
 
 
-def resolve_text(dataset: str, *, tokenizer: str | None, text_field: str) -> TextInput:
-    """The text behind `dataset`. The tokenizer: as given, else the data set's own, else the embedded one.
+def resolve_text(name: str, data: DataConfig) -> Text:
+    """The files behind `name` and their encoder. The tokenizer: as given, else the data's own, else the embedded one.
 
-    DataError: nothing there, a kind not understood, or no usable tokenizer.
+    DataError: nothing there, a kind not understood, no usable tokenizer or chat template.
     """
-    if dataset == EMBEDDED:
-        return TextInput(
-            inputs=(CORPUS_PATH,),
-            tokenizer=load_tokenizer(tokenizer or TOKENIZER_PATH),
-            text_field="text",
-            val_share=EMBEDDED_VAL_SHARE,
-        )
-    path = _existing(dataset)
-    if path.is_file() and not is_text_file(path):
-        raise DataError(f"--dataset={dataset}: found a {path.suffix or 'nameless'} file; {KINDS_UNDERSTOOD}")
-    own = path / "tokenizer.json"
+    if name == EMBEDDED:
+        files = find_files(str(CORPUS_PATH), dataset_config_name=None)
+    else:
+        files = find_files(name, dataset_config_name=data.dataset_config_name)
+    own = Path(name).expanduser() / "tokenizer.json"
     default = own if own.is_file() else TOKENIZER_PATH
-    return TextInput(
-        inputs=(path,), tokenizer=load_tokenizer(tokenizer or default), text_field=text_field, val_share=VAL_SHARE
+    if data.tokenizer is None and default == TOKENIZER_PATH and name != EMBEDDED:
+        logger.warning("no --tokenizer given: the embedded one of a few thousand ids is used, which is for trials")
+    tokenizer = _tokenizer(data, default)
+    kind = data.data_kind if data.data_kind != "auto" else _kind(files, data)
+    encoder = encoder_spec(
+        kind=kind,
+        tokenizer=tokenizer,
+        text_field="text" if name == EMBEDDED else data.text_field,
+        messages_field=data.messages_field,
+        chat_template=None if data.chat_template is None else Path(data.chat_template).expanduser(),
+    )
+    val_share = EMBEDDED_VAL_SHARE if name == EMBEDDED else VAL_SHARE
+    return Text(name=name, files=tuple(files), encoder=encoder, val_share=val_share)
+
+
+def _kind(files: list[DataFile], data: DataConfig) -> str:
+    """What the first document says."""
+    columns = (data.text_field, data.messages_field)
+    for file in files:
+        for document in read_documents(file, columns=columns, part=WHOLE, skip=0):
+            return guess_kind(document, messages_field=data.messages_field, text_field=data.text_field)
+    return "text"
+
+
+def _is_streamed(text: Text, data: DataConfig) -> bool:
+    if text.encoder.has_targets:
+        if data.streaming:
+            raise DataError("--streaming=1: conversations are packed whole, which needs them all; drop the flag")
+        return False
+    return any("://" in file.location for file in text.files) if data.streaming is None else data.streaming
+
+
+def _held_out(text: Text) -> HeldOut:
+    return HeldOut(
+        files=text.of_split("val"), encoder=text.encoder, val_share=text.held_share, fingerprint=text.fingerprint
     )
 
 
-def _bins_folder(dataset: str) -> Path | None:
-    """The folder, if `dataset` names one that is or once was a folder of token bins."""
-    if dataset == EMBEDDED:
+def _tokenizer(data: DataConfig, default: Path) -> TextTokenizer:
+    """--tokenizer: a local file or folder, else the name of a model on a hub."""
+    location = data.tokenizer
+    if location is None:
+        return load_tokenizer(default)
+    looks_local = location.startswith((".", "/", "~")) or location.endswith(".json")
+    if looks_local or Path(location).expanduser().exists():
+        return load_tokenizer(location)
+    return load_tokenizer(fetch_tokenizer(location, cache_dir=_cache_dir(data)))
+
+
+def _cache_dir(data: DataConfig) -> Path:
+    return Path(data.cache_dir).expanduser()
+
+
+def _bins_folder(name: str) -> Path | None:
+    """The folder, if `name` means one that is or once was a folder of tokens."""
+    if name == EMBEDDED or "://" in name:
         return None
-    path = _existing(dataset)
+    path = Path(name).expanduser()
     if path.name == META_FILE:
         path = path.parent
     looks_so = path.is_dir() and ((path / META_FILE).is_file() or any(path.glob("*.bin")))
     return path if looks_so else None
 
 
-def _existing(dataset: str) -> Path:
-    if "://" in dataset:
-        raise DataError(f"--dataset={dataset}: found a {dataset.split('://', 1)[0]}:// URI; {KINDS_UNDERSTOOD}")
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return path
-    if _HUB_NAME.fullmatch(dataset):
-        raise DataError(
-            f"--dataset={dataset}: no such path, and names of hub data sets are not understood "
-            f"(nothing is downloaded); save it as .jsonl first; {KINDS_UNDERSTOOD}"
-        )
-    raise DataError(f"--dataset={dataset}: found nothing there; {KINDS_UNDERSTOOD}")
-
-
-def _require_same_tokenizer(folder: Path, tokenizer: str | None) -> None:
-    """Token bins are tokenised already: --tokenizer can only agree with them."""
-    if tokenizer is None:
-        return
-    given = load_tokenizer(tokenizer)
-    if given.sha256 != read_meta(folder).tokenizer_sha256:
+def open_bins(folder: Path, tokenizer: str | None) -> tuple[TokenSource, TokenSource]:
+    """Token bins or nanoGPT's files. They are tokenised already: `tokenizer` can only agree with them. DataError."""
+    if is_nanogpt(folder):
+        return open_nanogpt(folder, tokenizer)
+    if tokenizer is not None and load_tokenizer(tokenizer).sha256 != read_meta(folder).tokenizer_sha256:
         raise DataError(
             f"--tokenizer={tokenizer}: --dataset={folder} was tokenised with another tokenizer; leave the flag out, "
             f"or make the bins again with `hypershard prepare TEXT --output DIR --tokenizer {tokenizer}`"
         )
+    return open_token_bins(folder)

@@ -28,15 +28,16 @@ class SampleOrder:
 
     def samples(self, first_position: int, count: int) -> NDArray[np.int64]:
         """Sample indices [count] at positions first_position, first_position + 1, …; time and memory O(count)."""
-        assert first_position >= 0 and count >= 0, (first_position, count)
-        parts: list[NDArray[np.int64]] = []
-        position, end = first_position, first_position + count
-        while position < end:
-            epoch, place = divmod(position, self.num_samples)
-            num_here = min(end - position, self.num_samples - place)
-            parts.append(self._permuted(epoch, np.arange(place, place + num_here, dtype=np.uint64)))
-            position += num_here
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        return self.at(np.arange(first_position, first_position + count, dtype=np.int64))
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample indices [n] at `positions` [n], which may lie in several epochs."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        samples = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            samples[here] = self._permuted(epoch, places[here].astype(np.uint64))
+        return samples
 
     def _permuted(self, epoch: int, places: NDArray[np.uint64]) -> NDArray[np.int64]:
         keys = _round_keys(self._seed, epoch)

@@ -45,7 +45,8 @@ class RawDocument:
 
     `content`: a JSON line (bytes), text (str), or a row of a table (a mapping). `number` is the line or row in the file, from 1.
     Pieces of one document follow one another, and all but the last have `ends_document` False. `read_bytes` says how
-    far the file, as stored, has been read.
+    far the file, as stored, has been read. Lines of a part that starts in the middle of a file are counted from
+    `first_byte` on.
     """
 
     content: bytes | str | Mapping[str, Any]
@@ -53,12 +54,14 @@ class RawDocument:
     number: int
     ends_document: bool
     read_bytes: int
+    first_byte: int = 0
 
     @property
     def where(self) -> str:
         """For error messages."""
         unit = "row" if isinstance(self.content, Mapping) else "line"
-        return f"{self.location} {unit} {self.number}"
+        counted = f" (counted from byte {self.first_byte})" if self.first_byte else ""
+        return f"{self.location} {unit} {self.number}{counted}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,141 @@
+"""From an opened data set to rows of the run's context: how documents are packed, what each source weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..config.schema import DataConfig
+from ..errors import ConfigError, DataError
+from ..log import logger
+from .feed import Source
+from .mixture import Mixture
+from .open import Dataset, Member, Text
+from .packs import PackPlan, best_fit
+from .rows import Packs, Rows, Windows
+from .source import TokenSource
+from .stream import StreamSpec
+
+# Weights that follow from sizes are rounded to this, so that sources take turns with a short period.
+_WEIGHT_DIGITS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How documents become rows: settled for each source, because conversations are packed otherwise than text."""
+
+    packing: str
+    long_documents: str
+
+
+def packing_of(member: Member, data: DataConfig) -> Packing:
+    """What the settings mean for this source. ConfigError: what packing cannot do."""
+    packing = data.packing or ("best_fit" if member.is_chat else "concat")
+    default = "split" if packing == "concat" else "truncate" if member.is_chat else "split"
+    long_documents = data.long_documents or default
+    if packing == "concat" and long_documents != "split":
+        raise ConfigError(
+            f"--long_documents={long_documents}: --packing=concat cuts wherever a sequence is full; "
+            f"set --packing=best_fit"
+        )
+    if packing == "best_fit" and isinstance(member.train, Text):
+        raise ConfigError(
+            f"--packing=best_fit needs all documents of {member.name} before the first step; set --streaming=0"
+        )
+    return Packing(packing=packing, long_documents=long_documents)
+
+
+def training_sources(dataset: Dataset, data: DataConfig, *, context_tokens: int) -> list[Source]:
+    """The members as sources of the run's feed. DataError: a split shorter than one sequence, weights missing."""
+    rows: list[Rows | StreamSpec] = []
+    for member in dataset.members:
+        if isinstance(member.train, Text):
+            packing_of(member, data)
+            rows.append(_stream(member.train, data, context_tokens))
+        else:
+            rows.append(_rows(member.train, member, data, context_tokens, says=True))
+    sources = []
+    for member, weight, of_member in zip(dataset.members, _weights(dataset, rows), rows, strict=True):
+        sources.append(Source(name=member.name, weight=weight, rows=of_member))
+    return sources
+
+
+def validation_sources(
+    dataset: Dataset, data: DataConfig, sources: Sequence[Source], *, context_tokens: int
+) -> tuple[list[Rows], Mixture]:
+    """The validation rows of each member, and how they take turns: as in training."""
+    rows = [_rows(member.val, member, data, context_tokens, says=False) for member in dataset.members]
+    return rows, Mixture([source.weight for source in sources])
+
+
+def _stream(text: Text, data: DataConfig, context_tokens: int) -> StreamSpec:
+    return StreamSpec(
+        name=text.name,
+        files=text.of_split("train"),
+        encoder=text.encoder,
+        seed=data.seed,
+        window=data.shuffle_window,
+        context_tokens=context_tokens,
+        document_mask=data.document_mask,
+        malformed_rows=data.malformed_rows,
+        val_share=text.held_share,
+    )
+
+
+def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens: int, *, says: bool) -> Rows:
+    packing = packing_of(member, data)
+    starts = source.document_starts
+    if packing.packing == "concat":
+        if data.document_mask and starts is None and source.eos_token_id is None:
+            raise DataError(
+                f"--document_mask=1: nothing says where the documents of {member.name} end; set --document_mask=0 or "
+                f"prepare the data again"
+            )
+        rows: Rows = Windows(source, context_tokens=context_tokens, document_mask=data.document_mask)
+    else:
+        if starts is None:
+            raise DataError(
+                f"--packing=best_fit: {member.name} does not say where its documents begin; prepare it again"
+            )
+        plan = best_fit(
+            starts, num_tokens=source.num_tokens, context_tokens=context_tokens, long_documents=packing.long_documents
+        )
+        if says:
+            logger.info(_told(member.name, plan))
+        rows = Packs(source, plan, document_mask=data.document_mask)
+    if says and rows.num_samples < 1:
+        raise DataError(
+            f"--dataset={member.name}: found {source.num_tokens} tokens to train on; "
+            f"expected at least {context_tokens + 1} (--max_context_width={context_tokens} and one to predict); "
+            "give more text or a smaller --max_context_width"
+        )
+    return rows
+
+
+def _told(name: str, plan: PackPlan) -> str:
+    """What packing did to a source, for people: nothing is cut or padded in silence."""
+    said = f"{name}: {len(plan.piece_starts):,} pieces of documents in {plan.num_packs:,} sequences"
+    said += f", {plan.padding_share:.1%} padding"
+    for count, what in (
+        (plan.num_split_documents, "split over several sequences"),
+        (plan.num_truncated_documents, "truncated"),
+        (plan.num_dropped_documents, "dropped"),
+        (plan.num_short_documents, "of a single token left out"),
+    ):
+        said += f"; {count:,} documents {what}" if count else ""
+    return said + (f"; {plan.num_cut_tokens:,} tokens cut off in all" if plan.num_cut_tokens else "")
+
+
+def _weights(dataset: Dataset, rows: Sequence[Rows | StreamSpec]) -> list[Fraction]:
+    """As given; else each source's share of all samples, so that all come to their end together."""
+    if len(rows) == 1:
+        return [Fraction(1)]
+    given = [member.weight for member in dataset.members if member.weight is not None]
+    if given:
+        return given
+    sizes = [of_member.num_samples for of_member in rows if not isinstance(of_member, StreamSpec)]
+    if len(sizes) < len(rows):
+        raise DataError("--dataset: a stream's length is not known; give each data set a weight, as in a:0.7,b:0.3")
+    total = sum(sizes)
+    return [Fraction(max(1, round(size * _WEIGHT_DIGITS / total)), _WEIGHT_DIGITS) for size in sizes]
