@@ -32,13 +32,17 @@ def config_of(flags: str, *, cache_dir: Path) -> Config:
 @contextmanager
 def a_job(world: World, flags: str, cache_dir: Path) -> Iterator[Job]:
     with tempfile.TemporaryDirectory() as folder:
-        yield build_job(
+        job = build_job(
             config_of(flags, cache_dir=cache_dir),
             world,
             checkpoint_dir=Path(folder),
             surroundings=Surroundings(),
             alarm=print,
         )
+        try:
+            yield job
+        finally:
+            job.data.loader.close()
 
 
 def train_losses(world: World, flags: str, cache_dir: Path, num_steps: int) -> list[tuple[float, float]]:

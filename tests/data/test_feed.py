@@ -293,11 +293,11 @@ def test_a_lane_goes_on_from_any_cursor(files: dict[str, tuple[DataFile, ...]], 
     spec = spec_of(files["packed"], encoder)
     lane = Lane(spec, lane=1, num_lanes=5, cursor=Cursor())
     cursors, rows = [], []
-    for _ in range(120):  # some epochs
+    for _ in range(300):  # some epochs
         cursors.append(lane.cursor)
         rows.append(lane.next().tokens)
     assert cursors[-1].epoch >= 2
-    for start in (1, 17, 60, 119):
+    for start in (1, 17, 160, 299):
         resumed = Lane(spec, lane=1, num_lanes=5, cursor=cursors[start])
         np.testing.assert_array_equal(resumed.next().tokens, rows[start])
 

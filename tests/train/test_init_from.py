@@ -20,7 +20,7 @@ FAMILIES = ("tiny_llama", "tiny_llama2", "tiny_mistral", "tiny_mixtral", "tiny_q
 
 def first_loss_and_batches(world: World, flags: str, cache_dir: Path) -> tuple[float, list[torch.Tensor]]:
     with a_job(world, flags, cache_dir) as job:
-        (batch,) = job.train_data.step(0, accumulation=1)
+        (batch,) = job.data.loader.step(0, accumulation=1)
         loss = train_step(job, Progress(), flags=tuple).loss
         return loss, [batch.input_ids, batch.labels, batch.position_ids]
 

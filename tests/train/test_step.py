@@ -24,14 +24,14 @@ from hypershard.train.stop import Limits, stop_reason
 def uneven_loss(world: World, flags: str, cache_dir: Path) -> tuple[float, float]:
     """(our loss, mean over all valid tokens) when ranks have very different numbers of valid labels."""
     with a_job(world, flags, cache_dir) as job:
-        batches = job.train_data.step(0, accumulation=job.accumulation)
+        batches = job.data.loader.step(0, accumulation=job.accumulation)
         uneven = []
         for index, batch in enumerate(batches):
             labels = batch.labels.clone()
             labels[:, 3 + 7 * (2 * index + world.ranks.rank) :] = IGNORED_LABEL
             uneven.append(dataclasses.replace(batch, labels=labels))
         with torch.no_grad():
-            sums = [float(job.module(*on_device(batch, world.device))) for batch in uneven]
+            sums = [float(job.module(*on_device(job, batch))) for batch in uneven]
         job.sharded.reshard()
         counts = [batch.num_valid_tokens for batch in uneven]
         gathered: list[tuple[float, int]] = [(0.0, 0)] * world.size
@@ -42,7 +42,9 @@ def uneven_loss(world: World, flags: str, cache_dir: Path) -> tuple[float, float
             def step(self, *_: object, **__: object) -> list[Batch]:
                 return uneven
 
-        report = train_step(dataclasses.replace(job, train_data=Fixed()), Progress(), flags=tuple)
+        report = train_step(
+            dataclasses.replace(job, data=dataclasses.replace(job.data, loader=Fixed())), Progress(), flags=tuple
+        )
         return report.loss, expected
 
 
@@ -96,7 +98,7 @@ def test_the_guard_gives_up_after_the_allowed_number() -> None:
 
 def context_of_batches(world: World, flags: str, cache_dir: Path) -> tuple[int, ...]:
     with a_job(world, flags, cache_dir) as job:
-        return tuple(job.train_data.step(0, accumulation=1)[0].input_ids.shape)
+        return tuple(job.data.loader.step(0, accumulation=1)[0].input_ids.shape)
 
 
 @pytest.mark.parametrize("context", [32, 96])
@@ -124,12 +126,12 @@ def test_the_rehearsal_leaves_no_trace(pools: Callable[[int], RankPool], cache_d
 def dropout_losses(world: World, flags: str, cache_dir: Path) -> list[float]:
     """Loss of the same step, twice, and of another step on the same data: what the seed decides."""
     with a_job(world, flags, cache_dir) as job:
-        batch = job.train_data.step(0, accumulation=1)[0]
+        batch = job.data.loader.step(0, accumulation=1)[0]
         found = []
         for step in (1, 1, 2):
             seed_everything(job.seed, step=step, rank=world.ranks.rank)
             with torch.no_grad():
-                found.append(float(job.module(*on_device(batch, world.device))))
+                found.append(float(job.module(*on_device(job, batch))))
         job.sharded.reshard()
         return found
 

@@ -199,6 +199,7 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
             event("failed", error=f"{type(error).__name__}: {error}")
         raise
+    job.data.loader.close()
     if ranks.is_main:
         loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
         logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
@@ -232,7 +233,12 @@ def _start_of(config: Config) -> Start:
     train = config.train
     required = train.init_from == "resume" or (train.eval_only and train.init_from == "scratch")
     source = None if folder is None or folder == "auto" else folder
-    return Start(resume=folder is not None or required, source=source, required=required)
+    return Start(
+        resume=folder is not None or required,
+        source=source,
+        required=required,
+        restart_data=config.data.restart_data or train.eval_only,  # other data may well be validated on
+    )
 
 
 def _report(error: BaseException, ranks: Ranks) -> int:

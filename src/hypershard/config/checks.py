@@ -39,6 +39,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"--hybrid_shard_degree acts only with --sharding_strategy=hybrid, found {parallel.sharding_strategy}"
         )
+    if parallel.attention == "varlen" and config.model.attn_pdrop:
+        raise ConfigError(
+            f"--attention=varlen has no dropout on attention weights, found --attn_pdrop={config.model.attn_pdrop}; "
+            f"choose --attention=dense or --attn_pdrop=0"
+        )
     if data.global_batch_tokens is not None and data.gradient_accumulation_steps is not None:
         raise ConfigError("--global_batch_tokens works out gradient_accumulation_steps; give one of the two")
     if checkpoint.hyperpod_memory_url is not None and not checkpoint.in_memory_checkpointing_freq:

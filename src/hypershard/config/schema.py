@@ -138,7 +138,7 @@ class DataConfig:
         True, "packed documents do not see each other (positions restart, attention stays inside)"
     )
     streaming: bool | None = setting(
-        None, "tokenise while training instead of once before; default: for hub names and s3:// text, not for local files"
+        None, "tokenise while training instead of once before; default: for text on hubs and s3://, not for local files"
     )
     shuffle_window: int = setting(
         256, "streaming: documents shuffled at a time in each of the stream's lanes", minimum=1, unit="documents"
@@ -213,6 +213,13 @@ class ParallelConfig:
         False, "only operations that give the same bits every time; on a GPU attention's backward is slower with it"
     )
     compile: bool = setting(False, "torch.compile each block")
+    attention: str = setting(
+        "auto",
+        "how packed documents stay blind to each other: dense (a mask over the whole row, any device), varlen "
+        "(attention document by document: a flash kernel on GPUs, in bf16), or auto (varlen on GPUs with document_mask "
+        "where the kernel serves, else dense)",
+        choices=("auto", "dense", "varlen"),
+    )
     limit_all_gathers: bool = setting(True, "bound the weights gathered ahead; FSDP2 always does, so 0 is refused")
     activation_loading_horizon: int | None = setting(
         None, "refused: saved activations are fetched when backward asks for them; there is no horizon to set"

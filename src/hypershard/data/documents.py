@@ -1,192 +1,179 @@
-"""Text files as a stream of documents: which files, which split, and their text piece by piece.
+"""A file's documents as they lie there, one after another: lines of JSON, parts of a text, rows of a table.
 
-Nothing is held but the current line (JSONL) or about a MiB (.txt), so the size of a file does not matter.
+Nothing is held but a line (JSON), about a MiB (.txt) or a batch of rows, so the size of a file does not matter, and
+nothing is parsed: that is the encoder's business.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
-import re
-import zlib
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import BinaryIO
 
 from ..errors import DataError
-from ..log import logger
+from ..remote_files import open_file
 from ..storage import readable_errors
+from .formats import UNDERSTOOD, format_of
+from .packed import Damaged, unpacked
+from .records import DataFile, Part, RawDocument
+from .tables import arrow_rows, parquet_rows
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz")
-TXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
 # A line of a .txt file that holds just this separates documents, as in the files of GPT-2 and TinyStories.
 TXT_SEPARATOR = b"<|endoftext|>"
 # A long .txt document is handed on in pieces that end at a line's end; the tokenizer never sees it whole.
 PIECE_BYTES = 2**20
-# "train-0001.jsonl", "val/", "c4-validation.00000.json.gz", but not "trainspotting.txt".
-_SPLIT_NAME = re.compile(r"(?:^|[._-])(train|val)(?:ing|id|idation)?(?=[._-]|\d|$)", re.IGNORECASE)
+# Some programs put a byte-order mark before the first character.
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How often a packed file is asked how far it has been read.
+_LINES_PER_LOOK = 64
+
+# Number from 1 (from where the reading began), the line with its end, bytes of the stored file read so far.
+_Line = tuple[int, bytes, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextFile:
-    """A file to read. `split`: 'train' or 'val' where its name says so, else None."""
+def read_documents(file: DataFile, *, columns: Sequence[str], part: Part, skip: int) -> Iterator[RawDocument]:
+    """The documents of one part of a file, without the part's first `skip`.
 
-    path: Path
-    size_bytes: int
-    modified_ns: int
-    split: str | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """Part of a document, mostly all of it. `read_bytes`: how far its file has been read."""
-
-    text: str
-    ends_document: bool
-    read_bytes: int
-
-
-def find_text_files(inputs: Sequence[Path]) -> list[TextFile]:
-    """The text files among `inputs` (files or folders, searched through), in a fixed order.
-
-    Where names say train or val (a part of the path below the folder, such as `train/` or `c4-val.jsonl`), files
-    of neither kind are left out with a warning. DataError: an input is missing, of another kind, or holds none.
+    Of a table's rows only `columns` are read; one that the table lacks is missing in the rows. Part i of n holds: of
+    unpacked JSON lines the lines that start in the i-th n-th of the file's bytes; of Parquet with n row groups or
+    more every n-th row group from i on; of all else every n-th document from i on.
+    DataError: a damaged file (named with the line or row), another size than listed, a .txt that is not UTF-8, or a
+    table with none of the columns. StorageError: a disk or bucket that refuses.
     """
-    files = [file for path in inputs for file in _files_of(path)]
-    if not any(file.split for file in files):
-        return files
-    unused = [file.path for file in files if file.split is None]
-    if unused:
-        logger.warning(
-            "%d files are not read, because others are named train or val: %s",
-            len(unused),
-            ", ".join(map(str, unused[:5])),
-        )
-    files = [file for file in files if file.split]
-    if not any(file.split == "train" for file in files):
-        raise DataError(
-            f"--dataset: found only validation files, such as {files[0].path}; expected some named train as well"
-        )
-    return files
+    found = format_of(file.name)
+    if found is None:
+        raise DataError(f"--dataset: found {file.location}, a file of another kind; expected {UNDERSTOOD}")
+    if found.packing and not file.size_bytes:
+        raise DataError(f"{file.location}: found no bytes; expected a file packed as {found.packing}; copy it again")
+    with readable_errors(Path(file.location), "reading"), open_file(file.location, size_bytes=file.size_bytes) as raw:
+        if found.name == "parquet":
+            yield from parquet_rows(file, raw, columns=columns, part=part, skip=skip)
+        elif found.name == "arrow":
+            yield from arrow_rows(file, raw, columns=columns, part=part, skip=skip)
+        elif found.name == "txt":
+            yield from _texts(file, _lines(file, raw, found.packing), part=part, skip=skip)
+        else:
+            yield from _json_lines(file, raw, found.packing, part=part, skip=skip)
 
 
-def is_text_file(path: Path) -> bool:
-    return path.name.lower().endswith(JSONL_SUFFIXES + TXT_SUFFIXES)
-
-
-def _files_of(path: Path) -> list[TextFile]:
-    suffixes = ", ".join(TXT_SUFFIXES + JSONL_SUFFIXES)
-    if path.is_file():
-        if not is_text_file(path):
-            raise DataError(f"--dataset={path}: found a file of another kind; expected {suffixes}")
-        return [_text_file(path, split=None)]
-    if not path.is_dir():
-        raise DataError(f"--dataset={path}: found nothing there; expected a text file or a folder of them")
-    found = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [file.relative_to(path) for file in found]
-    texts = [name for name in names if is_text_file(name) and not any(part.startswith(".") for part in name.parts)]
-    if not texts:
-        shown = ", ".join(str(name) for name in names[:5]) or "nothing"
-        raise DataError(f"--dataset={path}: found {shown}; expected files that end in {suffixes}")
-    return [_text_file(path / name, split=_split_named(name)) for name in texts]
-
-
-def _text_file(path: Path, *, split: str | None) -> TextFile:
-    status = path.stat()
-    return TextFile(path=path, size_bytes=status.st_size, modified_ns=status.st_mtime_ns, split=split)
-
-
-def _split_named(name: Path) -> str | None:
-    for part in name.parts:
-        if match := _SPLIT_NAME.search(part):
-            return match.group(1).lower()
-    return None
-
-
-def read_pieces(file: TextFile, *, text_field: str) -> Iterator[Piece]:
-    """The documents of one file, empty ones left out. DataError names the file and line that cannot be read."""
-    if file.path.name.lower().endswith(JSONL_SUFFIXES):
-        return _jsonl_pieces(file.path, text_field)
-    return _txt_pieces(file.path)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(line number from 1, the line with its end, bytes of the file read so far), unpacked on the way."""
-    with readable_errors(path, "reading"), open(path, "rb") as raw:
-        unpacked: IO[bytes] = raw
-        if path.suffix.lower() == ".gz":
-            unpacked = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-        elif path.suffix.lower() == ".xz":
-            unpacked = cast(IO[bytes], lzma.LZMAFile(raw))  # noqa: SIM115 (`raw` is closed here; this holds nothing else)
-        number = 0
-        try:
-            for number, line in enumerate(unpacked, start=1):
-                yield number, line, raw.tell()
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise DataError(f"{path}: damaged or cut off after line {number} ({error}); copy the file again") from error
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
+def _lines(file: DataFile, raw: BinaryIO, packing: str) -> Iterator[_Line]:
+    """All lines of a file, unpacked on the way, without a byte-order mark."""
+    number = read_bytes = 0
     try:
-        # Some programs put a byte-order mark before the first character.
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number}: not UTF-8 ({error}); convert the file") from error
-
-
-def _jsonl_pieces(path: Path, text_field: str) -> Iterator[Piece]:
-    for number, line, read_bytes in _lines(path):
-        if line.isspace():
-            continue
-        text = _text_of(_decode(line, path, number), text_field, where=f"{path} line {number}")
-        if text and not text.isspace():
-            yield Piece(text=text, ends_document=True, read_bytes=read_bytes)
-
-
-def _text_of(line: str, text_field: str, *, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        for number, line in enumerate(unpacked(raw, packing), start=1):
+            if not packing:
+                read_bytes += len(line)
+            elif number % _LINES_PER_LOOK == 1:
+                read_bytes = raw.tell()
+            yield number, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line, read_bytes
+    except Damaged as error:
         raise DataError(
-            f'{where}: not JSON ({error}); expected one object per line, such as {{"{text_field}": "..."}}'
+            f"{file.location}: damaged or cut off after line {number} ({error}); copy the file again"
         ) from error
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: found {type(value).__name__}; expected an object, such as {{"{text_field}": "..."}}')
-    text = value.get(text_field)
-    if not isinstance(text, str):
-        found = (
-            f"{type(text).__name__} under {text_field!r}"
-            if text_field in value
-            else f"keys {', '.join(map(repr, value))}"
+
+
+def _lines_from(raw: BinaryIO, first_byte: int, end_byte: int) -> Iterator[_Line]:
+    """The lines of an unpacked file that start at `first_byte` or later and before `end_byte`."""
+    # The byte before tells whether a line starts at `first_byte` itself.
+    position = raw.seek(first_byte - 1)
+    position += len(raw.readline())
+    for number in itertools.count(1):
+        line = raw.readline() if position < end_byte else b""
+        if not line:
+            return
+        position += len(line)
+        yield number, line, position
+
+
+def _json_lines(file: DataFile, raw: BinaryIO, packing: str, *, part: Part, skip: int) -> Iterator[RawDocument]:
+    cut_by_bytes = not packing and part.count > 1
+    first_byte = file.size_bytes * part.index // part.count if cut_by_bytes else 0
+    end_byte = file.size_bytes * (part.index + 1) // part.count
+    lines = _lines_from(raw, first_byte, end_byte) if first_byte else _lines(file, raw, packing)
+    if cut_by_bytes and not first_byte:
+        lines = itertools.takewhile(lambda line: line[2] - len(line[1]) < end_byte, lines)
+    lines = (line for line in lines if not line[1].isspace())
+    start, step = (skip, 1) if cut_by_bytes else (part.index + skip * part.count, part.count)
+    may_be_array = file.name.lower().removesuffix(packing).endswith(".json") and not first_byte
+    for number, line, read_bytes in itertools.islice(lines, start, None, step):
+        if may_be_array and number == 1 and line.lstrip().startswith(b"["):
+            raise DataError(
+                f"{file.location}: found a JSON array; expected an object per line, as `jq -c '.[]'` writes them"
+            )
+        yield RawDocument(
+            content=line,
+            location=file.location,
+            number=number,
+            ends_document=True,
+            read_bytes=read_bytes,
+            first_byte=first_byte,
         )
-        raise DataError(f"{where}: found {found}; expected text under {text_field!r}; --text_field names the key")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell halves of characters ("\\ud800") that no text can hold
-        raise DataError(f"{where}: the text cannot be written as UTF-8 ({error}); mend or drop the line") from error
-    return text
 
 
-def _txt_pieces(path: Path) -> Iterator[Piece]:
-    lines: list[str] = []
-    held_bytes = read_bytes = 0
-    begun = False  # an earlier piece of this document has been handed on
-    for number, line, read_bytes in _lines(path):
+@dataclass
+class _Held:
+    """What has been read of a .txt document and not yet handed on."""
+
+    begun: bool = False  # an earlier piece has been handed on
+    has_text: bool = False
+    number: int = 0
+    num_bytes: int = 0
+    lines: list[bytes] = field(default_factory=list)
+
+    def add(self, number: int, line: bytes, *, keep: bool) -> None:
+        self.number = self.number or number
+        self.num_bytes += len(line)
+        self.has_text = self.has_text or not line.isspace()
+        if keep:
+            self.lines.append(line)
+
+    @property
+    def is_document(self) -> bool:
+        return self.begun or self.has_text
+
+    def piece(self, location: str, read_bytes: int, *, ends_document: bool) -> RawDocument:
+        return RawDocument(
+            content=self._text(location),
+            location=location,
+            number=max(1, self.number),
+            ends_document=ends_document,
+            read_bytes=read_bytes,
+        )
+
+    def _text(self, location: str) -> str:
+        try:
+            return b"".join(self.lines).decode()
+        except UnicodeDecodeError:
+            for number, line in enumerate(self.lines, start=self.number):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    message = f"{location} line {number}: not UTF-8 ({error}); convert the file"
+                    raise DataError(message) from error
+            raise
+
+
+def _texts(file: DataFile, lines: Iterator[_Line], *, part: Part, skip: int) -> Iterator[RawDocument]:
+    """The documents of a .txt file in pieces; each belongs, with all its pieces, to one part."""
+
+    def is_wanted(document: int) -> bool:
+        return document % part.count == part.index and document // part.count >= skip
+
+    held, document, read_bytes = _Held(), 0, 0
+    for number, line, read_bytes in lines:
         if line.strip() == TXT_SEPARATOR:
-            yield from _last_piece(lines, begun, read_bytes)
-            lines, held_bytes, begun = [], 0, False
+            if held.is_document:
+                if is_wanted(document):
+                    yield held.piece(file.location, read_bytes, ends_document=True)
+                document += 1
+            held = _Held()
             continue
-        lines.append(_decode(line, path, number))
-        held_bytes += len(line)
-        if held_bytes >= PIECE_BYTES:
-            yield Piece(text="".join(lines), ends_document=False, read_bytes=read_bytes)
-            lines, held_bytes, begun = [], 0, True
-    yield from _last_piece(lines, begun, read_bytes)
-
-
-def _last_piece(lines: list[str], begun: bool, read_bytes: int) -> Iterator[Piece]:
-    text = "".join(lines)
-    if begun or (text and not text.isspace()):
-        yield Piece(text=text, ends_document=True, read_bytes=read_bytes)
+        held.add(number, line, keep=is_wanted(document))
+        if held.num_bytes >= PIECE_BYTES:
+            if is_wanted(document):
+                yield held.piece(file.location, read_bytes, ends_document=False)
+            held = _Held(begun=True, number=number + 1)
+    if held.is_document and is_wanted(document):
+        yield held.piece(file.location, read_bytes, ends_document=True)

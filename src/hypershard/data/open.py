@@ -146,9 +146,9 @@ def resolve_text(name: str, data: DataConfig) -> Text:
     DataError: nothing there, a kind not understood, no usable tokenizer or chat template.
     """
     if name == EMBEDDED:
-        files = find_files(str(CORPUS_PATH), dataset_config_name=None)
+        files = find_files(str(CORPUS_PATH), dataset_config_name=None, cache_dir=_cache_dir(data))
     else:
-        files = find_files(name, dataset_config_name=data.dataset_config_name)
+        files = find_files(name, dataset_config_name=data.dataset_config_name, cache_dir=_cache_dir(data))
     own = Path(name).expanduser() / "tokenizer.json"
     default = own if own.is_file() else TOKENIZER_PATH
     if data.tokenizer is None and default == TOKENIZER_PATH and name != EMBEDDED:

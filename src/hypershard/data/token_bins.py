@@ -1,7 +1,11 @@
-"""Token bins: a folder with train.bin, val.bin, meta.json. The one format that training reads.
+"""Token bins: a folder with the tokens of both splits and meta.json. The one format that training reads.
 
-A .bin file is nothing but token ids, little-endian, uint16 where the vocabulary fits and uint32 else, so it
-can be memory-mapped at any size. meta.json says what they are and is written last.
+    train.bin, val.bin          token ids, little-endian, uint16 where the vocabulary fits and uint32 else
+    train.starts, val.starts    int64, little-endian: where each document begins, counted in tokens
+    train.targets, val.targets  uint8: 1 where the loss counts the token; only where it does not count all of them
+    meta.json                   what they are, with sizes and checksums; written last
+
+Nothing but numbers is in the first three, so they can be memory-mapped at any size.
 """
 
 from __future__ import annotations
@@ -20,32 +24,51 @@ from ..storage import read_json
 
 META_FILE = "meta.json"
 FORMAT = "hypershard token bins"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 _DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+STARTS_NAMES = tuple(f"{split}.starts" for split in SPLITS)
+STARTS_DTYPE = np.dtype("<i8")
+TARGETS_DTYPE = np.dtype("u1")
 _MAKE_AGAIN = "make the folder again with `hypershard prepare` (or delete it, if it is one kept in --cache_dir)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitMeta:
-    """One .bin file."""
+class FileMeta:
+    """A file of the folder as it was written."""
 
-    file: str
-    num_tokens: int
-    num_documents: int
+    name: str
     size_bytes: int
     sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitMeta:
+    """One split: how much, and in which files. `targets` None: the loss counts every token."""
+
+    num_tokens: int
+    num_documents: int
+    tokens: FileMeta
+    starts: FileMeta
+    targets: FileMeta | None
+
+    @property
+    def files(self) -> tuple[FileMeta, ...]:
+        return (self.tokens, self.starts) if self.targets is None else (self.tokens, self.starts, self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BinsMeta:
-    """The content of meta.json."""
+    """The content of meta.json. `encoding` names everything that decided the tokens (see `EncoderSpec.identity`)."""
 
     dtype: str  # uint16 or uint32
     vocab_size: int
     eos_token_id: int | None
     tokenizer_file: str | None
     tokenizer_sha256: str | None
+    encoding: str
+    num_malformed_rows: int
+    longest_document_tokens: int
     train: SplitMeta
     val: SplitMeta
 
@@ -74,17 +97,21 @@ def read_meta(folder: Path) -> BinsMeta:
         ) from None
     except ValueError as error:
         raise DataError(f"--dataset={folder}: {path} is damaged ({error}); {_MAKE_AGAIN}") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+    found = value if isinstance(value, dict) else {}
+    if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"--dataset={folder}: {path} does not say format {FORMAT!r}, format_version {FORMAT_VERSION}; {_MAKE_AGAIN}"
+            f"--dataset={folder}: {path} says format {found.get('format')!r}, format_version "
+            f"{found.get('format_version')!r}; expected {FORMAT!r}, format_version {FORMAT_VERSION}; {_MAKE_AGAIN}"
         )
     try:
-        splits = {name: _typed(SplitMeta, value[name]) for name in SPLITS}
-        meta: BinsMeta = _typed(BinsMeta, value | splits)
+        meta: BinsMeta = _typed(BinsMeta, found)
     except (KeyError, TypeError) as error:
         raise DataError(f"--dataset={folder}: {path} is incomplete or wrong at {error}; {_MAKE_AGAIN}") from error
     if meta.dtype not in _DTYPES:
         raise DataError(f"--dataset={folder}: {path} has dtype {meta.dtype!r}; expected one of {', '.join(_DTYPES)}")
+    outside = [file.name for name in SPLITS for file in getattr(meta, name).files if Path(file.name).name != file.name]
+    if outside:
+        raise DataError(f"--dataset={folder}: {path} names {outside[0]!r}; expected a file beside it; {_MAKE_AGAIN}")
     return meta
 
 
@@ -93,17 +120,23 @@ _JSON_TYPES: dict[str, Any] = {
     "int": int,
     "str | None": (str, type(None)),
     "int | None": (int, type(None)),
-    "SplitMeta": SplitMeta,
 }
+_NESTED: dict[str, Any] = {"FileMeta": FileMeta, "FileMeta | None": FileMeta, "SplitMeta": SplitMeta}
 
 
-def _typed(cls: Any, value: dict[str, Any]) -> Any:
+def _typed(cls: Any, value: Any) -> Any:
     """Build the dataclass `cls` from `value`; KeyError or TypeError naming the key that is missing or wrong."""
-    fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    for name, type_name in fields.items():
-        if not isinstance(value[name], _JSON_TYPES[str(type_name)]):
-            raise TypeError(f"{name}: found {value[name]!r}, expected {type_name}")
-    return cls(**{name: value[name] for name in fields})
+    if not isinstance(value, dict):
+        raise TypeError(f"found {value!r}, expected an object with the keys of {cls.__name__}")
+    values = {}
+    for field in dataclasses.fields(cls):
+        item, type_name = value[field.name], str(field.type)
+        if type_name in _NESTED and not (item is None and type_name.endswith("None")):
+            item = _typed(_NESTED[type_name], item)
+        elif type_name not in _NESTED and not isinstance(item, _JSON_TYPES[type_name]):
+            raise TypeError(f"{field.name}: found {item!r}, expected {type_name}")
+        values[field.name] = item
+    return cls(**values)
 
 
 class TokenBins:
@@ -114,25 +147,33 @@ class TokenBins:
         self._meta = meta
         self._folder = folder
         self._split: SplitMeta = getattr(meta, split)
-        self._path = folder / self._split.file
-        dtype = numpy_dtype(meta.dtype)
-        expected_bytes = self._split.num_tokens * dtype.itemsize
-        if not self._path.is_file():
+        self._path = folder / self._split.tokens.name
+        num_tokens = self._split.num_tokens
+        tokens = self._mapped(self._split.tokens, numpy_dtype(meta.dtype), num_tokens)
+        starts = self._mapped(self._split.starts, STARTS_DTYPE, self._split.num_documents)
+        targets = None if self._split.targets is None else self._mapped(self._split.targets, TARGETS_DTYPE, num_tokens)
+        if tokens is None or starts is None or num_tokens < 2:
             raise DataError(
-                f"--dataset={folder}: {self._path} is missing; expected {expected_bytes} bytes; {_MAKE_AGAIN}"
-            )
-        found_bytes = self._path.stat().st_size
-        if found_bytes != expected_bytes:
-            raise DataError(
-                f"--dataset={folder}: {self._path} has {found_bytes} bytes; expected {expected_bytes} "
-                f"({self._split.num_tokens} tokens of {dtype.itemsize} bytes); copy it again, or {_MAKE_AGAIN}"
-            )
-        if self._split.num_tokens < 2:
-            raise DataError(
-                f"--dataset={folder}: the split '{split}' holds {self._split.num_tokens} tokens; expected at least 2 "
+                f"--dataset={folder}: the split '{split}' holds {num_tokens} tokens; expected at least 2 "
                 "(one to read, one to predict); give --dataset more text"
             )
-        self._tokens: NDArray[Any] = np.memmap(self._path, dtype=dtype, mode="r")
+        self._tokens, self._starts, self._targets = tokens, starts, targets
+
+    def _mapped(self, file: FileMeta, dtype: np.dtype[Any], count: int) -> NDArray[Any] | None:
+        """The `count` numbers in `file`, None for none. DataError: it is missing or of another size."""
+        path = self._folder / file.name
+        expected_bytes = count * dtype.itemsize
+        if not path.is_file():
+            raise DataError(
+                f"--dataset={self._folder}: {path} is missing; expected {expected_bytes} bytes; {_MAKE_AGAIN}"
+            )
+        found_bytes = path.stat().st_size
+        if found_bytes != expected_bytes:
+            raise DataError(
+                f"--dataset={self._folder}: {path} has {found_bytes} bytes; expected {expected_bytes} "
+                f"({count} numbers of {dtype.itemsize} bytes); copy it again, or {_MAKE_AGAIN}"
+            )
+        return np.memmap(path, dtype=dtype, mode="r") if count else None
 
     @property
     def num_tokens(self) -> int:
@@ -153,8 +194,14 @@ class TokenBins:
     @property
     def fingerprint(self) -> str:
         """Of the tokens and what they mean, from meta.json: the same for a copy, another one for other data."""
-        meaning = (self._split.sha256, self._meta.dtype, self._meta.eos_token_id, self._meta.tokenizer_sha256)
+        files = tuple(file.sha256 for file in self._split.files)
+        meaning = (files, self._meta.dtype, self._meta.eos_token_id, self._meta.tokenizer_sha256)
         return hashlib.sha256(repr(meaning).encode()).hexdigest()[:32]
+
+    @property
+    def document_starts(self) -> NDArray[np.int64] | None:
+        """First token of each document [num_documents], rising from 0, memory-mapped."""
+        return self._starts
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -174,6 +221,24 @@ class TokenBins:
             )
         return tokens
 
+    def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which tokens [count] the loss counts when they are predicted; None: all of the split.
+
+        DataError: a value neither 0 nor 1.
+        """
+        assert start >= 0 and count >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
+        if self._targets is None:
+            return None
+        stored = self._targets[start : start + count]
+        if count and int(stored.max()) > 1:
+            where = int(stored.argmax())
+            raise DataError(
+                f"--dataset={self._folder}: the file of targets holds {stored[where]} at token {start + where}; "
+                f"expected 0 or 1; the file is damaged: copy it again, or {_MAKE_AGAIN}",
+                shared_by_all_ranks=False,
+            )
+        return stored.astype(np.bool_)
+
 
 def open_token_bins(folder: Path) -> tuple[TokenBins, TokenBins]:
     """The splits (train, val) of a folder of token bins.
@@ -190,6 +255,30 @@ def open_token_bins(folder: Path) -> tuple[TokenBins, TokenBins]:
                 f"--dataset={folder}: {train.tokenizer_path} is not the tokenizer that made the tokens; {_MAKE_AGAIN}"
             )
     return train, val
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a folder of token bins, one line each; reads all of it and compares every checksum.
+
+    None found: each file is, byte for byte, as `prepare` wrote it.
+    """
+    try:
+        meta = read_meta(folder)
+    except DataError as error:
+        return [str(error)]
+    expected = [(file.name, file.sha256) for name in SPLITS for file in getattr(meta, name).files]
+    if meta.tokenizer_file is not None and meta.tokenizer_sha256 is not None:
+        expected.append((meta.tokenizer_file, meta.tokenizer_sha256))
+    problems = []
+    for name, sha256 in expected:
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            problems.append(f"{folder / name}: {error.strerror}; expected sha256 {sha256}")
+            continue
+        if found != sha256:
+            problems.append(f"{folder / name}: found sha256 {found}; expected {sha256}")
+    return problems
 
 
 def file_sha256(path: Path) -> str:

@@ -32,8 +32,17 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """Ids of each text, nothing added; what looks like a special token in a text is encoded as text."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in self.encode_batch(texts)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """The library's own Encoding of each text, without offsets; otherwise as `encode`."""
+        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts that stand for one token which no plain text gives: ends of turns, headers, padding and the like."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
 
 
 def tokenizer_file(location: str | Path) -> Path:

@@ -171,26 +171,36 @@ class Family:
         # The first `window` tokens see half of it on average, all later ones the whole.
         return [window * (1 - window / (2 * context_tokens))] * model.num_layers
 
+    def chunk_tokens(self, model: ModelConfig) -> int | None:
+        """In how many tokens some layers cut a document for attention; None where they take it whole."""
+        return None
+
     # --- the module
 
     def hf_config(self, model: ModelConfig) -> PretrainedConfig:
         """The transformers configuration of `model`. Raises ConfigError when vocab_size is open."""
         raise NotImplementedError
 
-    def build(self, model: ModelConfig) -> PreTrainedModel:
+    def build(self, model: ModelConfig, *, path: str = "dense") -> PreTrainedModel:
         """The transformers model in float32, its parameters on the meta device and its buffers real, in training mode.
 
-        Ties are real ties. Attention is torch's SDPA; `position_ids` that restart inside a row make documents blind
-        to each other (transformers derives a block-diagonal mask from them).
+        Ties are real ties. `path` says how documents in one row stay blind to each other. `dense`: torch's SDPA;
+        transformers derives a block-diagonal mask from `position_ids` that restart. `varlen`: no mask, attention goes
+        from document to document; the backbone is then called with `documents` and `chunks` (attention_modules.py).
         """
         import torch
         from transformers import AutoModelForCausalLM
 
         config = self.hf_config(model)
         config.use_cache = False
+        attention = "sdpa"
+        if path == "varlen":
+            from .attention_modules import register_varlen
+
+            attention = register_varlen()
         with torch.device("meta"):
             hf_model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", **self.build_options()
+                config, dtype=torch.float32, attn_implementation=attention, **self.build_options()
             )
         self.restore_buffers(hf_model)
         left = [name for name, buffer in hf_model.named_buffers() if buffer.is_meta]

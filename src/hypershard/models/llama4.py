@@ -76,14 +76,26 @@ class Llama4(MoeFamily):
             "router_aux_loss_coef": model.router_loss_weight,
         }
 
-    def build(self, model: ModelConfig) -> PreTrainedModel:
-        if model.max_context_width > model.attention_chunk_size and not chunks_follow_documents():
+    def chunk_tokens(self, model: ModelConfig) -> int | None:
+        return model.attention_chunk_size if model.attention_chunk_size < model.max_context_width else None
+
+    def build(self, model: ModelConfig, *, path: str = "dense") -> PreTrainedModel:
+        chunked = self.chunk_tokens(model) is not None
+        if chunked and path == "dense" and not chunks_follow_documents():
             logger.warning(
                 f"transformers counts chunks of --attention_chunk_size={model.attention_chunk_size} from the start "
                 f"of a row, so with --max_context_width={model.max_context_width} a packed document that crosses a "
-                f"border loses sight of its start; version 5.23 counts from each document's start"
+                f"border loses sight of its start; version 5.23 counts from each document's start, and so does "
+                f"--attention=varlen"
             )
-        return super().build(model)
+        hf_model = super().build(model, path=path)
+        if chunked and path == "varlen":
+            from .attention_modules import attend_in_chunks
+
+            for block, kind in zip(hf_model.model.layers, hf_model.config.layer_types, strict=True):
+                if kind == "chunked_attention":
+                    attend_in_chunks(block.self_attn)
+        return hf_model
 
     def adapt_modules(self, hf_model: PreTrainedModel) -> None:
         from .moe_modules import group_llama4

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # brings its operation, named below
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -20,6 +21,7 @@ _ALWAYS_KEPT = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 )
 _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default)

@@ -11,14 +11,14 @@ from .step import on_device
 
 @torch.no_grad()
 def evaluate(job: Job) -> float:
-    """Mean cross entropy in nats per token over `validation_batches` batches of every rank."""
+    """Mean cross entropy in nats per token over --validation_batches batches of every rank."""
     device = job.world.device
     loss_sum = torch.zeros((), device=device)
     num_tokens = 0
     job.module.eval()
     try:
-        for batch in job.val_data.validation(job.validation_batches):
-            loss_sum += job.module(*on_device(batch, device))
+        for batch in job.data.validation():
+            loss_sum += job.module(*on_device(job, batch))
             num_tokens += batch.num_valid_tokens
     finally:
         job.module.train()

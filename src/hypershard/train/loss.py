@@ -8,6 +8,7 @@ chunk sums in float32, the gradient taken in the same pass (three matrix product
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,10 +32,19 @@ class LanguageModel(nn.Module):
         # Kept out of the module tree: they are parts of hf_model, and a parameter has one name.
         self._parts = (backbone, output_weight_owner)
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Summed cross entropy in nats, float32 scalar; input_ids, labels, position_ids are int64 [B, T]."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Summed cross entropy in nats, float32 scalar; input_ids, labels, position_ids are int64 [B, T].
+
+        `segments` is what attention without a mask needs besides (train/attention.py); else it is empty.
+        """
         backbone, head = self._parts
-        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **segments).last_hidden_state
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
         return summed_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
 

@@ -38,6 +38,8 @@ def step_record(job: Job, progress: Progress, report: StepReport) -> dict[str, A
         "lr": report.lr,
         "tokens": progress.tokens,
         "step_seconds": report.seconds,
+        "data_seconds": report.data_seconds,
+        "padding": report.padding,
         "tokens_per_second": speed.tokens_per_second,
         "mfu": speed.mfu,
         "memory_bytes": peak_memory_bytes(job.world.device),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Config
-from ..data.source import Dataset
+from ..data.open import Dataset
 from ..data.tokenizer import same_vocabulary
 from ..distributed.collectives import gather_objects
 from ..errors import ConfigError
@@ -20,7 +20,7 @@ def refuse_unequal_ranks(config: Config, dataset: Dataset) -> None:
 
     Raises ConfigError on every rank, naming the first rank that differs from rank 0 and in what.
     """
-    own: dict[str, Any] = {"train data": dataset.train.fingerprint, "validation data": dataset.val.fingerprint}
+    own: dict[str, Any] = {"train data": dataset.fingerprint, "validation data": dataset.val_fingerprint}
     for section, values in dataclasses.asdict(config).items():
         own |= values if section != "report" else {}
     everyone = gather_objects(own)

@@ -13,10 +13,10 @@ from .step import accumulate_gradients, on_device
 def rehearse(job: Job) -> None:
     """Run forward and backward on batches of the real shapes, and forwards of validation; leave no trace.
 
-    Packed documents take attention through a mask and a single one does not, which are two kernels and two compiled
-    graphs, so with --document_mask both are met. Two micro-steps where the run accumulates, because the second one
-    holds the first one's gradients. Nothing is updated: gradients are dropped and the next step seeds its own random
-    numbers.
+    Dense attention takes packed documents through a mask and a single one without, which are two kernels and two
+    compiled graphs, so with --document_mask both are met. Two micro-steps where the run accumulates, because the second
+    one holds the first one's gradients. Nothing is updated: gradients are dropped and the next step seeds its own
+    random numbers.
     """
     seed_everything(job.seed, step=0, rank=job.world.ranks.rank)
     train_size, val_size = job.batch_sizes
@@ -26,7 +26,7 @@ def rehearse(job: Job) -> None:
         job.optimizer.zero_grad()
         with torch.no_grad():
             job.module.eval()
-            job.module(*on_device(_synthetic_batch(job, val_size, num_documents), job.world.device))
+            job.module(*on_device(job, _synthetic_batch(job, val_size, num_documents)))
             job.module.train()
     job.sharded.reshard()
 

@@ -29,12 +29,14 @@ _FREE = {
 class Start:
     """Where a run begins: at step 0, or with `resume` after the newest valid checkpoint in `source`.
 
-    `source` None means the run's own tiers; with `required` a run without a checkpoint is an error.
+    `source` None means the run's own tiers; with `required` a run without a checkpoint is an error. `restart_data`
+    allows other data than the checkpoint's, from their beginning.
     """
 
     resume: bool = False
     source: str | None = None
     required: bool = False
+    restart_data: bool = False
 
 
 def restore(job: Job, start: Start) -> Progress:
@@ -61,14 +63,26 @@ def restore(job: Job, start: Start) -> Progress:
             f"a step was {facts['samples_per_step']} sequences and is now {job.samples_per_step}; to keep it, change "
             f"--train_batch_size or --gradient_accumulation_steps. No sample is lost or repeated either way"
         )
-    changed = [name for name, value in job.data_identity.items() if facts["data"].get(name) != value]
-    if changed:
-        logger.warning(
-            f"the data changed since the checkpoint ({', '.join(changed)}): reading starts at their beginning"
-        )
-        progress = dataclasses.replace(progress, samples=0)
+    progress = _restore_data(job, facts, progress, anew=start.restart_data)
     logger.info(f"going on after step {progress.step} ({progress.tokens:,} tokens seen)")
     return progress
+
+
+def _restore_data(job: Job, facts: Mapping[str, Any], progress: Progress, *, anew: bool) -> Progress:
+    """Go on in the data where the checkpoint stood, or (`anew`) at the beginning of data that are others now."""
+    now, then = job.data.identity, facts["data"]
+    changed = [f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in now if then.get(name) != now[name]]
+    if not changed:
+        job.data.restore(facts)
+        return progress
+    if not anew:
+        raise CheckpointError(
+            f"the data are not those the checkpoint was trained on ({'; '.join(changed)}), so nobody knows which "
+            f"samples come next; give the same --dataset and flags, or --restart_data=1 to read the new data from "
+            f"their beginning"
+        )
+    logger.warning(f"other data than the checkpoint's ({'; '.join(changed)}): reading starts at their beginning")
+    return dataclasses.replace(progress, samples=0)
 
 
 def _refuse_other_model(job: Job, facts: Mapping[str, Any]) -> None:

@@ -15,15 +15,13 @@ from ..checkpoint.hf import load_hf_weights
 from ..checkpoint.manager import CheckpointManager
 from ..config.checks import accumulation_steps, check_vocabulary, check_world
 from ..config.schema import Config, ModelConfig, OptimConfig
-from ..data.loader import Loader
-from ..data.open import open_dataset, prepare_dataset
-from ..data.source import Dataset, TokenSource
-from ..distributed.collectives import barrier
+from ..data.open import Dataset
 from ..distributed.env import Surroundings
 from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
+from ..errors import ConfigError
 from ..log import logger
-from ..models.family import Family, family_of, parameter_count
+from ..models.family import family_of, parameter_count
 from ..models.same_config import refuse_other_config
 from ..optim.adamw import build_adamw
 from ..parallel.apply import apply
@@ -31,8 +29,10 @@ from ..parallel.fsdp import ShardedModule
 from ..parallel.init import initialise
 from ..storage import local_path
 from ..units import format_count
+from .attention import Attention, choose_attention
+from .data import TrainingData, build_data, open_data
 from .loss import LanguageModel
-from .refuse import refuse_missing_bf16, refuse_other_tokenizer, refuse_unequal_ranks
+from .refuse import refuse_missing_bf16, refuse_other_tokenizer
 from .state import checkpoint_tensors
 from .stop import Limits
 from .tiers import build_checkpoints
@@ -47,21 +47,19 @@ class Job:
     model: ModelConfig
     optim: OptimConfig
     module: LanguageModel
+    attention: Attention
     sharded: ShardedModule
     parameters: Mapping[str, torch.Tensor]
     optimizer: torch.optim.Optimizer
-    train_data: Loader
-    val_data: Loader
+    data: TrainingData
     batch_sizes: tuple[int, int]  # sequences per rank in training, in validation
     document_mask: bool
-    data_identity: Mapping[str, Any]
     tokenizer_path: Path | None
     eos_token_id: int | None
     accumulation: int
     samples_per_step: int
     tokens_per_step: int
     limits: Limits
-    validation_batches: int
     flops_per_token: float
     peak_flops_per_gpu: float | None
     checkpoints: CheckpointManager
@@ -72,12 +70,12 @@ class Job:
         return checkpoint_tensors(self.parameters, self.optimizer)
 
     def facts(self, progress: object) -> dict[str, Any]:
-        """What a checkpoint says of itself besides its tensors."""
+        """What a checkpoint says of itself besides its tensors. Collective where data are streamed."""
         return {
             **dataclasses.asdict(progress),  # type: ignore[call-overload]
             "seed": self.seed,
             "model": dataclasses.asdict(self.model),
-            "data": dict(self.data_identity),
+            **self.data.facts(),
             "samples_per_step": self.samples_per_step,
             "eos_token_id": self.eos_token_id,
         }
@@ -92,17 +90,19 @@ def build_job(
     """
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
     refuse_missing_bf16(config, world.device)
-    dataset = _open_data(config, world)
+    dataset = open_data(config, world)
     refuse_other_tokenizer(config, dataset)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
     accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
     samples_per_step = config.data.train_batch_size * world.size * accumulation
     batch_sizes = (config.data.train_batch_size, config.data.val_batch_size or config.data.train_batch_size)
-    train_data = _loader(config, model, dataset.train, world, batch_size=batch_sizes[0])
-    limits = _limits(config, train_data.samples_per_epoch, samples_per_step, ends_at=surroundings.ends_at)
+    context = model.max_context_width
+    data = build_data(config, dataset, world, context_tokens=context, accumulation=accumulation)
+    limits = _limits(config, data.samples_per_epoch, samples_per_step, ends_at=surroundings.ends_at)
 
-    module, sharded = _build_module(config, model, family, world, samples_per_step=samples_per_step)
+    attention = choose_attention(config, model, world.device)
+    module, sharded = _build_module(config, model, attention, world, samples_per_step=samples_per_step)
     parameters = dict(module.hf_model.named_parameters())
     specs = family.parameters(model)
     if config.train.init_from in ("scratch", "resume"):
@@ -114,38 +114,33 @@ def build_job(
     decayed = {spec.name for spec in specs if spec.decay}
     optimizer = build_adamw(parameters, decayed=decayed, optim=config.optim)
 
-    context = model.max_context_width
     logger.info(
         f"{model.model_type} with {format_count(parameter_count(model))} parameters, "
-        f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}; "
-        f"a step is {samples_per_step} x {context} tokens"
+        f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}, "
+        f"{attention.path} attention; a step is {samples_per_step} x {context} tokens"
     )
     num_samples = limits.last_step * samples_per_step
-    logger.info(
-        f"{limits.last_step:,} steps are {format_count(num_samples * context)} tokens, "
-        f"{num_samples / train_data.samples_per_epoch:.2f} passes over the data"
-    )
+    passes = data.feed.passes(num_samples)
+    logger.info(f"{limits.last_step:,} steps are {format_count(num_samples * context)} tokens, {passes}")
     return Job(
         world=world,
         seed=config.data.seed,
         model=model,
         optim=config.optim,
         module=module,
+        attention=attention,
         sharded=sharded,
         parameters=parameters,
         optimizer=optimizer,
-        train_data=train_data,
-        val_data=_loader(config, model, dataset.val, world, batch_size=batch_sizes[1]),
+        data=data,
         batch_sizes=batch_sizes,
         document_mask=config.data.document_mask,
-        data_identity={"fingerprint": dataset.train.fingerprint, "seed": config.data.seed, "context": context},
         tokenizer_path=dataset.tokenizer_path,
         eos_token_id=dataset.eos_token_id,
         accumulation=accumulation,
         samples_per_step=samples_per_step,
         tokens_per_step=samples_per_step * context,
         limits=limits,
-        validation_batches=config.train.validation_batches,
         flops_per_token=family.flops_per_token(model, context_tokens=context).total,
         peak_flops_per_gpu=_peak_flops(config, world.device),
         checkpoints=build_checkpoints(
@@ -154,48 +149,36 @@ def build_job(
     )
 
 
-def _open_data(config: Config, world: World) -> Dataset:
-    """Open the data set; on each node one rank tokenises text into the cache while the others wait."""
-    if world.ranks.local_rank == 0:
-        prepare_dataset(config.data)
-    barrier()
-    dataset = open_dataset(config.data)
-    refuse_unequal_ranks(config, dataset)
-    return dataset
-
-
 def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
     """Fill the model section's open values; the vocabulary is the tokenizer's unless given."""
     check_vocabulary(model, tokenizer_vocab_size=dataset.vocab_size)
     return dataclasses.replace(model, vocab_size=model.vocab_size or dataset.vocab_size)
 
 
-def _loader(config: Config, model: ModelConfig, source: TokenSource, world: World, *, batch_size: int) -> Loader:
-    return Loader(
-        source,
-        context_tokens=model.max_context_width,
-        batch_size=batch_size,
-        rank=world.ranks.rank,
-        world_size=world.size,
-        seed=config.data.seed,
-        document_mask=config.data.document_mask,
-    )
+def _limits(config: Config, num_samples: int | None, samples_per_step: int, *, ends_at: float | None) -> Limits:
+    """The run's last step: max_steps, or as many as the epochs hold, whichever comes first.
 
-
-def _limits(config: Config, num_samples: int, samples_per_step: int, *, ends_at: float | None) -> Limits:
-    """The run's last step: max_steps, or as many as the epochs hold, whichever comes first."""
+    Raises ConfigError when only epochs could say so and a stream's length is not known.
+    """
     train = config.train
     epochs = config.data.epochs or (1 if train.max_steps is None else None)
-    by_epochs = None if epochs is None else max(1, epochs * num_samples // samples_per_step)
+    if epochs is not None and num_samples is None:
+        raise ConfigError(
+            f"--dataset={config.data.dataset} is tokenised while training, so nobody knows how many steps "
+            f"{'--epochs=' + str(epochs) if config.data.epochs else 'a pass over it'} takes; give --max_steps instead, "
+            f"or set --streaming=0"
+        )
+    by_epochs = None if epochs is None or num_samples is None else max(1, epochs * num_samples // samples_per_step)
     last_step = min(steps for steps in (train.max_steps, by_epochs) if steps is not None)
     return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600, ends_at)
 
 
 def _build_module(
-    config: Config, model: ModelConfig, family: Family, world: World, *, samples_per_step: int
+    config: Config, model: ModelConfig, attention: Attention, world: World, *, samples_per_step: int
 ) -> tuple[LanguageModel, ShardedModule]:
     """The sharded model, materialised but without values."""
-    hf_model = family.build(model)
+    family = family_of(model.model_type)
+    hf_model = family.build(model, path=attention.path)
     family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / samples_per_step)
     module = LanguageModel(
         hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()

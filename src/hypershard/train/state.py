@@ -32,7 +32,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; the same on every rank but for `seconds`.
+    """What one optimizer step did; the same on every rank but for `seconds` and what is counted of data.
+
+    data_seconds: how long this rank waited for its batches; padding: share of its inputs that only fill up rows.
 
     loss in nats per token over the global batch; grad_norm before clipping; `skipped` when either was not finite
     and the weights were left alone; `flags` says of each flag given to the step whether any rank raised it.
@@ -44,6 +46,8 @@ class StepReport:
     tokens: int
     samples: int
     seconds: float
+    data_seconds: float
+    padding: float
     skipped: bool
     flags: tuple[bool, ...]
 

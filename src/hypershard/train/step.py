@@ -13,6 +13,7 @@ from ..distributed.collectives import sum_over_ranks
 from ..optim.adamw import set_learning_rate
 from ..optim.gradients import clip, local_gradients, sum_of_squares
 from ..optim.schedule import learning_rate
+from .attention import Segments
 from .setup import Job
 from .state import Progress, StepReport, seed_everything
 
@@ -27,7 +28,8 @@ def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[flo
     started_at = time.perf_counter()
     step = progress.step + 1
     seed_everything(job.seed, step=step, rank=job.world.ranks.rank)
-    batches = job.train_data.step(progress.samples, accumulation=job.accumulation)
+    batches = job.data.loader.step(progress.samples, accumulation=job.accumulation)
+    data_seconds = time.perf_counter() - started_at
     loss_sum, valid_tokens = accumulate_gradients(job, batches)
     gradients = local_gradients(job.parameters.values())
     job.checkpoints.settle()
@@ -49,6 +51,8 @@ def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[flo
         tokens=job.tokens_per_step,
         samples=job.samples_per_step,
         seconds=time.perf_counter() - started_at,
+        data_seconds=data_seconds,
+        padding=sum(batch.num_padding_tokens for batch in batches) / sum(batch.input_ids.numel() for batch in batches),
         skipped=skipped,
         flags=tuple(total > 0 for total in totals[2:]),
     )
@@ -66,15 +70,16 @@ def accumulate_gradients(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tens
     loss_sum = torch.zeros((), device=device)
     for index, batch in enumerate(batches):
         job.sharded.begin_micro_step(index, len(batches))
-        loss = job.module(*on_device(batch, device))
+        loss = job.module(*on_device(job, batch))
         (loss / valid_tokens).backward()
         loss_sum += loss.detach()
     return loss_sum, valid_tokens
 
 
-def on_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The batch as `LanguageModel.forward` takes it: input_ids, labels, position_ids, int64 [B, T]."""
+def on_device(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Segments]]:
+    """The batch as `LanguageModel.forward` takes it: input_ids, labels, position_ids, int64 [B, T]; segments."""
+    device = job.world.device
     input_ids, labels, position_ids = (
         tensor.to(device, non_blocking=True) for tensor in (batch.input_ids, batch.labels, batch.position_ids)
     )
-    return input_ids, labels, position_ids
+    return input_ids, labels, position_ids, job.attention.segments(batch, device)

@@ -1,0 +1,109 @@
+"""Chat templates: the Jinja text that writes a conversation as a model of its kind reads it, and where it is found."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .tokenizer import TextTokenizer
+
+TEMPLATE_FILE = "chat_template.jinja"
+# What a template may call the tokenizer's special tokens by, as transformers hands them over.
+VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """`text` writes a conversation, `tool_text` (if there is one) a conversation with tools."""
+
+    source: str  # where it was found, for messages
+    text: str
+    tool_text: str | None
+    variables: tuple[tuple[str, str], ...]  # names and texts of special tokens
+
+    def text_for(self, tools: Sequence[Any] | None) -> str:
+        return self.tool_text if tools and self.tool_text is not None else self.text
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What decides the text it writes."""
+        return (self.text, self.tool_text, self.variables)
+
+
+def marks_generation(text: str) -> bool:
+    """Whether a template says itself, between {% generation %} and {% endgeneration %}, what the model writes."""
+    return _MARKER.search(text) is not None
+
+
+def read_chat_template(tokenizer: TextTokenizer, given: Path | None) -> ChatTemplate:
+    """The template in the file `given`, else `chat_template.jinja` beside the tokenizer, else the one in its
+    tokenizer_config.json: of several, 'default', and 'tool_use' for conversations with tools, as in transformers.
+
+    DataError: no template, one that is no text, or no default among several.
+    """
+    config_path = tokenizer.path.with_name("tokenizer_config.json")
+    config = _settings(config_path)
+    beside = tokenizer.path.with_name(TEMPLATE_FILE)
+    file = given or (beside if beside.is_file() else None)
+    if file is not None:
+        source, text, tool_text = str(file), _read(file), None
+    else:
+        source = str(config_path)
+        text, tool_text = _configured(config.get("chat_template"), config_path)
+    return ChatTemplate(source=source, text=text, tool_text=tool_text, variables=_variables(config, tokenizer))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--chat_template={file}: cannot be read ({error}); expected a Jinja file") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with what only special_tokens_map.json beside it says; {} without either."""
+    settings: dict[str, Any] = {}
+    for file in (path.with_name("special_tokens_map.json"), path):
+        if not file.is_file():
+            continue
+        try:
+            settings |= {name: value for name, value in json.loads(file.read_bytes()).items() if value is not None}
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"--tokenizer: {file} is not readable as a JSON object: {error}") from error
+    return settings
+
+
+def _configured(value: Any, path: Path) -> tuple[str, str | None]:
+    """(template, template for tools) of the `chat_template` in a tokenizer_config.json."""
+    if isinstance(value, str):
+        return value, None
+    if value is None:
+        raise DataError(
+            f"--chat_template: found no chat template in {path} nor {TEMPLATE_FILE} beside it; conversations need one, "
+            "such as that of the model's instruction-tuned version"
+        )
+    try:
+        named = {entry["name"]: str(entry["template"]) for entry in value}
+        return named["default"], named.get("tool_use")
+    except (TypeError, KeyError) as error:
+        raise DataError(
+            f"--chat_template: found neither text nor a list with a template named 'default' under 'chat_template' "
+            f"in {path}; give one"
+        ) from error
+
+
+def _variables(config: dict[str, Any], tokenizer: TextTokenizer) -> tuple[tuple[str, str], ...]:
+    found = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_token_id)}
+    for name in VARIABLES:
+        token = config.get(name)
+        if isinstance(token, dict):  # an AddedToken written out
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return tuple(sorted((name, token) for name, token in found.items() if token is not None))

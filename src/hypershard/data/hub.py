@@ -1,0 +1,192 @@
+"""What a hub says about data sets and models, kept in a local cache so that the processes of a node ask once.
+
+The only place that asks a hub; the bytes of a data set's files are read by `remote_files`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..log import logger
+from ..remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_request, hub_url
+from ..storage import make_directory, read_json, readable_errors, write_bytes, write_json
+
+# "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
+HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?")
+README = "README.md"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# What was asked so recently is not asked again: the processes of a job start within this time of each other.
+_FRESH_SECONDS = 30.0
+# With something in the cache to go on with, a hub that is down is not waited for as long as it can be.
+_PATIENCE_WITH_CACHE = Patience(num_attempts=3, total_seconds=60.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFileInfo:
+    """A file of a data set; `version` is its content's hash."""
+
+    path: str
+    size_bytes: int
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A data set at one commit; `name` is what the hub calls it, which may not be what it was asked for."""
+
+    name: str
+    commit: str
+    files: tuple[HubFileInfo, ...]
+    readme: str
+
+
+def list_dataset(name: str, *, cache_dir: Path) -> HubDataset:
+    """All files of the data set `name` (org/name, or with @revision) and its README.md, at the newest commit.
+
+    A listing in the cache is used again for the same commit; for an unknown one only when the hub may not or cannot
+    be asked, with a warning that gives its date. DataError: no such name, gated, or offline and nothing in the cache.
+    StorageError: the hub cannot be reached, and nothing is in the cache.
+    """
+    kept = _Kept(f"--dataset={name}: listing it on the hub", "datasets", name, cache_dir)
+    with kept.lock():
+        found = kept.read()
+        if found is None or not found.is_fresh:
+            info = kept.ask(found)
+            if info is not None:
+                known = found.value if found and found.value["commit"] == info["sha"] else None
+                found = kept.write(known or _listing(kept.doing, info))
+        assert found is not None, "ask returns None only where there is something to go on with"
+    files = tuple(HubFileInfo(**file) for file in found.value["files"])
+    return HubDataset(name=found.value["name"], commit=found.value["commit"], files=files, readme=found.value["readme"])
+
+
+def _listing(doing: str, info: dict[str, Any]) -> dict[str, Any]:
+    name, commit = info["id"], info["sha"]
+    url: str | None = f"{hub_endpoint()}/api/datasets/{name}/tree/{commit}?recursive=true&expand=false"
+    files = []
+    while url:
+        answer = hub_request(doing, url, patience=Patience())
+        for entry in answer.json():
+            if entry["type"] == "file":
+                lfs = entry.get("lfs") or {}
+                file = HubFileInfo(
+                    path=entry["path"],
+                    size_bytes=int(lfs.get("size", entry["size"])),
+                    version=str(lfs.get("oid") or entry["oid"]),
+                )
+                files.append(dataclasses.asdict(file))
+        url = answer.links.get("next", {}).get("url")
+    readme = ""
+    if any(file["path"] == README for file in files):
+        location = f"hf://datasets/{name}@{commit}/{README}"
+        readme = hub_request(doing, hub_url(location), patience=Patience()).content.decode(errors="replace")
+    return {"name": name, "commit": commit, "files": files, "readme": readme}
+
+
+def fetch_tokenizer(name: str, *, cache_dir: Path) -> Path:
+    """A folder with the tokenizer files (`TOKENIZER_FILES`, as far as it has them) of the model `name`.
+
+    Cached as `list_dataset` does, with the same errors; DataError too when the model has no tokenizer.json.
+    """
+    if not HUB_NAME.fullmatch(name):
+        raise DataError(f"--tokenizer={name}: found nothing there; expected a path, or a model's name such as org/name")
+    kept = _Kept(f"--tokenizer={name}: fetching it from the hub", "models", name, cache_dir)
+    with kept.lock():
+        found = kept.read()
+        if found is None or not found.is_fresh:
+            info = kept.ask(found)
+            if info is not None:
+                if found is None or found.value["commit"] != info["sha"]:
+                    _fetch_files(kept, info)
+                found = kept.write({"commit": info["sha"]})
+        assert found is not None, "ask returns None only where there is something to go on with"
+        return kept.folder / found.value["commit"]
+
+
+def _fetch_files(kept: _Kept, info: dict[str, Any]) -> None:
+    """Its files into a folder named after the commit; that is believed once `kept.write` names it."""
+    name, commit = info["id"], info["sha"]
+    there = {entry["rfilename"] for entry in info["siblings"]}
+    if "tokenizer.json" not in there:
+        shown = ", ".join(sorted(there)[:10]) or "no files"
+        raise DataError(f"{kept.doing}: found {shown}; expected tokenizer.json, of the tokenizers library")
+    folder = make_directory(kept.folder / commit)
+    for file in TOKENIZER_FILES:
+        if file in there:
+            answer = hub_request(kept.doing, hub_url(f"hf://{name}@{commit}/{file}"), patience=Patience())
+            write_bytes(folder / file, answer.content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What the cache holds about a name, and when the hub said so (seconds since 1970)."""
+
+    value: dict[str, Any]
+    asked_at: float
+
+    @property
+    def is_fresh(self) -> bool:
+        return 0 <= time.time() - self.asked_at < _FRESH_SECONDS
+
+
+class _Kept:
+    """The cache's folder of one name on one hub, and the question which commit the name has now."""
+
+    def __init__(self, doing: str, kind: str, name: str, cache_dir: Path) -> None:
+        self.doing, self._kind = doing, kind
+        self._repository, _, self._revision = name.partition("@")
+        hub = re.sub(r"[^\w.-]", "_", hub_endpoint().split("://")[-1])
+        self.folder = cache_dir / "hub" / hub / kind / name.replace("/", "--")
+        self._file = self.folder / "kept.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process of a node at a time; the others find what it wrote."""
+        make_directory(self.folder)
+        path = self.folder / ".lock"
+        with readable_errors(path, "locking"):
+            file = open(path, "wb")  # noqa: SIM115 (closed below; the errors of what is done meanwhile are not ours)
+        with file:
+            with readable_errors(path, "locking"):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def read(self) -> _Found | None:
+        """None: nothing, or what a program of another version wrote."""
+        try:
+            value = read_json(self._file)
+            return _Found(value=value["value"], asked_at=float(value["asked_at"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, value: dict[str, Any]) -> _Found:
+        found = _Found(value=value, asked_at=time.time())
+        write_json(self._file, dataclasses.asdict(found))
+        return found
+
+    def ask(self, found: _Found | None) -> dict[str, Any] | None:
+        """The hub's description of the name (`id`, `sha`, `siblings`); None: it cannot be had, and `found` will do."""
+        url = f"{hub_endpoint()}/api/{self._kind}/{self._repository}/revision/{self._revision or 'main'}"
+        try:
+            answer = hub_request(self.doing, url, patience=_PATIENCE_WITH_CACHE if found else Patience())
+            info: dict[str, Any] = answer.json()
+            return info
+        except (Offline, Unreachable) as error:
+            if found is None:
+                raise type(error)(
+                    f"{error}; nothing is in the cache ({self.folder}): run once where there is a network with the "
+                    "same --cache_dir, or give a local path (`hf download` fetches one)",
+                    shared_by_all_ranks=False,
+                ) from error
+            asked_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.asked_at))
+            logger.warning("%s; going on with what the hub said on %s", error, asked_at)
+            return None
