@@ -99,7 +99,8 @@ def test_what_passes_is_asked_again_and_what_does_not_is_named(bucket, proxy, fa
     proxy.set(Rule(fault, "GET", "faults/a"))
     with pytest.raises(StorageError, match=rf"reading {location} at byte 0: .+; gave up after 4 attempts"):
         read_all(location, size_bytes=len(CONTENT), patience=QUICK)
-    assert len(proxy.requests("GET", "faults/a")) == 4
+    # The HTTP client makes a request again by itself, once, when its connection closes without an answer.
+    assert len(proxy.requests("GET", "faults/a")) == (8 if fault.reset == "before" else 4)
     proxy.release()
 
 
@@ -129,7 +130,9 @@ def test_a_listing_is_sorted_whole_and_changes_with_the_content(bucket, proxy):
     bucket(names[0], b"different")
     again = list_files(f"s3://{BUCKET}/list/", patience=QUICK)
     assert [file.version != old.version for file, old in zip(again, found, strict=True)] == [False, False, True, False]
-    assert [file.location for file in list_files(f"s3://{BUCKET}/listing", patience=QUICK)] == [f"s3://{BUCKET}/listing"]
+    assert [file.location for file in list_files(f"s3://{BUCKET}/listing", patience=QUICK)] == [
+        f"s3://{BUCKET}/listing"
+    ]
     assert list_files(f"s3://{BUCKET}/nothing", patience=QUICK) == []
     with pytest.raises(DataError, match="no such object or bucket"):
         list_files("s3://no-such-bucket/x", patience=QUICK)

@@ -1,11 +1,13 @@
 """Chat templates in the shapes that published models have, and a small tokenizer that knows their special tokens."""
 
+# ruff: noqa: RUF001 (DeepSeek's special tokens are written with a wide bar)
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from hypershard.data.embedded import TOKENIZER_PATH
 from hypershard.data.encode import EncoderSpec, encoder_spec
@@ -74,7 +76,7 @@ LLAMA31 = """{{- bos_token }}
 {%- endif %}
 {%- for m in messages %}
 {%- if 'tool_calls' in m %}
-{%- if m.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('Only single tool-calls at once!') }}{% endif %}
 {%- set call = m.tool_calls[0].function %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + call.name + '", "parameters": ' }}
 {{- call.arguments | tojson }}{{ '}<|eot_id|>' }}
@@ -110,12 +112,14 @@ MISTRAL3 = """{%- set users = messages | selectattr('role', 'equalto', 'user') |
 {{- bos_token }}
 {%- for m in messages %}
 {%- if m.role == 'user' %}
-{%- if tools is not none and m == users[-1] %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}
+{%- if tools is not none and m == users[-1] %}
+{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
 {{- '[INST]' }}{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}
 {%- elif m.tool_calls is defined and m.tool_calls is not none %}
 {{- '[TOOL_CALLS][' }}
 {%- for call in m.tool_calls %}
-{%- if not call.id is defined or call.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}
+{%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('IDs should have length 9!') }}{% endif %}
 {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + ('' if loop.last else ', ') }}
 {%- endfor %}
 {{- ']' + eos_token }}
@@ -139,7 +143,8 @@ R1 = """{% set ns = namespace(is_tool=false) %}{{ bos_token }}
 {%- if m.role == 'user' %}{{- '<｜User｜>' + m.content }}{% endif %}
 {%- if m.role == 'assistant' and m.content is none %}
 {%- for call in m.tool_calls %}
-{{- '<｜Assistant｜><｜tool▁calls▁begin｜>' + call.function.name + '\n' + call.function.arguments + '<｜tool▁calls▁end｜>' }}
+{{- '<｜Assistant｜><｜tool▁calls▁begin｜>' + call.function.name + '\n' }}
+{{- call.function.arguments + '<｜tool▁calls▁end｜>' }}
 {%- endfor %}
 {{- '<｜end▁of▁sentence｜>' }}
 {%- endif %}
@@ -159,7 +164,7 @@ R1 = """{% set ns = namespace(is_tool=false) %}{{ bos_token }}
 LLAMA2 = """{% if messages[0].role == 'system' %}{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
 {%- set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}
 {%- for m in messages %}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}
 {%- if m.role == 'user' %}{{- bos_token + '[INST] ' + (system if loop.first else '') + m.content | trim + ' [/INST]' }}
 {%- else %}{{- ' ' + m.content | trim + ' ' + eos_token }}{% endif %}
 {%- endfor %}"""
@@ -183,6 +188,7 @@ def save_tokenizer(folder: Path, template: object = None, *, bos: str = "<s>", e
     backend = Tokenizer.from_file(str(TOKENIZER_PATH))
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as in GPT-2's and Llama 3's
     backend.save(str(folder / "tokenizer.json"))
     config: dict[str, object] = {"bos_token": {"content": bos, "lstrip": False}, "eos_token": eos}
     if template is not None:

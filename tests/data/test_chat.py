@@ -1,8 +1,11 @@
 """Conversations as published templates write them: which characters and tokens the loss counts, and what is refused."""
 
+# ruff: noqa: RUF001 (DeepSeek's special tokens are written with a wide bar)
+
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -30,6 +33,11 @@ def encode(tmp_path, template, messages, *, tools=None, **tokens):
     row = {"messages": messages} | ({"tools": tools} if tools else {})
     (encoded,) = spec.build().encode([line(row)])
     return encoded if isinstance(encoded, Malformed) else marked(spec, encoded)
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory):
+    return chat_spec(tmp_path_factory.mktemp("chatml"), shapes.CHATML)
 
 
 TWO_TURNS_WRITTEN = {
@@ -63,7 +71,8 @@ TWO_TURNS_WRITTEN = {
     ),
     "zephyr": (
         shapes.ZEPHYR,
-        "<|user|>\nHi</s>\n<|assistant|>\n⟦Hello, you.</s>⟧\n<|user|>\nHow are\nyou?</s>\n<|assistant|>\n⟦Fine\n</s>⟧\n",
+        "<|user|>\nHi</s>\n<|assistant|>\n⟦Hello, you.</s>⟧\n"
+        "<|user|>\nHow are\nyou?</s>\n<|assistant|>\n⟦Fine\n</s>⟧\n",
     ),
     "r1": (
         shapes.R1,
@@ -145,7 +154,10 @@ def test_a_table_gives_nulls_for_what_a_row_lacks(tmp_path):
 
 
 def test_a_system_prompt_may_be_part_of_the_first_user_turn(tmp_path):
-    expected = "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]⟦ Hello, you. </s>⟧<s>[INST] How are\nyou? [/INST]⟦ Fine </s>⟧"
+    expected = (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST]⟦ Hello, you. </s>⟧"
+        "<s>[INST] How are\nyou? [/INST]⟦ Fine </s>⟧"
+    )
     assert encode(tmp_path, shapes.LLAMA2, [SYSTEM, *TWO_TURNS]) == expected
 
 
@@ -159,7 +171,9 @@ def test_parts_of_text_are_joined_and_two_answers_in_a_row_both_count(tmp_path):
 
 
 def test_a_conversation_may_begin_with_the_assistant(tmp_path):
-    expected = "<s><|header_start|>assistant<|header_end|>\n\n⟦Welcome.<|eot|>⟧<|header_start|>user<|header_end|>\n\nHi<|eot|>"
+    expected = (
+        "<s><|header_start|>assistant<|header_end|>\n\n⟦Welcome.<|eot|>⟧<|header_start|>user<|header_end|>\n\nHi<|eot|>"
+    )
     assert encode(tmp_path, shapes.LLAMA4, [assistant("Welcome."), user("Hi")]) == expected
 
 
@@ -168,18 +182,29 @@ def test_a_header_without_generation_prompt_is_known_from_what_any_answer_begins
     assert encode(tmp_path, template, TWO_TURNS) == TWO_TURNS_WRITTEN["chatml"][1]
 
 
+def test_what_a_turn_begins_with_instead_of_the_prompts_opening_counts(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + ('(brief) ' if m.role == 'assistant' else '') }}"
+        "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:[think]' }}{% endif %}"
+    )
+    assert encode(tmp_path, template, [user("Hi"), assistant("Hello")]) == "user:Hi</s>assistant:⟦(brief) Hello</s>⟧"
+
+
+def test_keys_that_hold_nothing_are_as_if_they_were_not_there(tmp_path):
+    empty = [{"role": "user", "content": "Hi", "name": None}, assistant("Hello", tool_calls=[])]
+    expected = encode(tmp_path, shapes.LLAMA31, [user("Hi"), assistant("Hello")])
+    assert encode(tmp_path, shapes.LLAMA31, empty) == expected
+    assert encode(tmp_path, shapes.LLAMA31, [user("Hi"), assistant("Hello", tool_calls=None)]) == expected
+
+
 def test_a_turn_that_opens_its_reasoning_as_the_prompt_does_counts_from_there(tmp_path):
-    template = shapes.R1.replace("m.content.split('</think>')[-1] if '</think>' in m.content else m.content", "m.content")
-    reasoned = [user("Hi"), assistant("<think>\nwell\n</think>\nHello")]
-    assert (
-        encode(tmp_path, template, reasoned)
-        == "<s><｜User｜>Hi<｜Assistant｜><think>\n⟦well\n</think>\nHello<｜end▁of▁sentence｜>⟧"
-    )
+    cut = "m.content.split('</think>')[-1] if '</think>' in m.content else m.content"
+    template = shapes.R1.replace(cut, "m.content")
+    expected = "<s><｜User｜>Hi<｜Assistant｜><think>\n⟦well\n</think>\nHello<｜end▁of▁sentence｜>⟧"
+    assert encode(tmp_path, template, [user("Hi"), assistant("<think>\nwell\n</think>\nHello")]) == expected
     # The beginning of a tag is not the tag.
-    assert (
-        encode(tmp_path, template, [user("Hi"), assistant("<b>Hello</b>")])
-        == "<s><｜User｜>Hi<｜Assistant｜>⟦<b>Hello</b><｜end▁of▁sentence｜>⟧"
-    )
+    expected = "<s><｜User｜>Hi<｜Assistant｜>⟦<b>Hello</b><｜end▁of▁sentence｜>⟧"
+    assert encode(tmp_path, template, [user("Hi"), assistant("<b>Hello</b>")]) == expected
 
 
 def test_reasoning_that_the_template_writes_counts(tmp_path):
@@ -219,7 +244,12 @@ def test_text_equals_that_of_transformers(tmp_path, name):
 UNUSABLE = {
     "reasoning of earlier turns dropped": (
         shapes.THINKING,
-        [user("Hi"), assistant("Hello", reasoning_content="well"), user("And?"), assistant("So", reasoning_content="hm")],
+        [
+            user("Hi"),
+            assistant("Hello", reasoning_content="well"),
+            user("And?"),
+            assistant("So", reasoning_content="hm"),
+        ],
         "message 2: the chat template writes the messages up to here in another way",
     ),
     "reasoning of all turns dropped": (
@@ -231,6 +261,11 @@ UNUSABLE = {
         shapes.MISTRAL3,
         [SYSTEM, *TWO_TURNS],
         "message 3: the chat template writes the messages up to here in another way",
+    ),
+    "text beside a tool call not written": (
+        shapes.LLAMA31,
+        [user("Let me see."), assistant("Let me see.", tool_calls=[call("add", {})])],
+        "message 2: the chat template leaves out some of the content",
     ),
     "tool calls not written": (
         shapes.CHATML,
@@ -261,7 +296,10 @@ REFUSED = {
     "part that is no object": ({"messages": [user(["Hi"])]}, "message 1: found a part of type 'str'"),
     "content of another type": ({"messages": [user(5)]}, "message 1: found int as content"),
     "no content": ({"messages": [user("Hi"), assistant(None)]}, "message 2: found no content"),
-    "calls no list": ({"messages": [user("Hi"), assistant("", tool_calls={})]}, "message 2: found dict under 'tool_calls'"),
+    "calls no list": (
+        {"messages": [user("Hi"), assistant("", tool_calls={})]},
+        "message 2: found dict under 'tool_calls'",
+    ),
     "call without name": ({"messages": [assistant("", tool_calls=[{"function": {}}])]}, "a tool call without a name"),
     "call of another type": ({"messages": [assistant("", tool_calls=["add"])]}, "a tool call without a name"),
     "arguments": ({"messages": [assistant("", tool_calls=[call("f", [1])])]}, "found list as arguments of 'f'"),
@@ -282,22 +320,27 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_rows_that_are_no_conversation_are_named_and_the_others_encoded(tmp_path, name):
+def test_rows_that_are_no_conversation_are_named_and_the_others_encoded(chatml, name):
     row, said = REFUSED[name]
-    spec = chat_spec(tmp_path, shapes.CHATML)
     good = line({"messages": TWO_TURNS})
-    before, refused, after = spec.build().encode([good, line(row, number=7), good])
+    before, refused, after = chatml.build().encode([good, line(row, number=7), good])
     assert isinstance(refused, Malformed)
     assert refused.where == "a.jsonl line 7" and said in refused.reason
-    assert marked(spec, before) == marked(spec, after) == TWO_TURNS_WRITTEN["chatml"][1]
+    assert marked(chatml, before) == marked(chatml, after) == TWO_TURNS_WRITTEN["chatml"][1]
 
 
 def test_what_a_template_objects_to_is_quoted(tmp_path):
     twice = [user("Hi"), assistant(None, tool_calls=[call("add", {"a": 1})] * 2)]
     refused = encode(tmp_path, shapes.LLAMA31, twice)
-    assert isinstance(refused, Malformed) and "only supports single tool-calls at once!" in refused.reason
+    assert isinstance(refused, Malformed) and "Only single tool-calls at once!" in refused.reason
     refused = encode(tmp_path, shapes.LLAMA2, [user("Hi"), user("Hi"), assistant("Hello")])
-    assert isinstance(refused, Malformed) and "Conversation roles must alternate" in refused.reason
+    assert isinstance(refused, Malformed) and "Roles must alternate" in refused.reason
+
+
+def test_a_template_whose_marks_hold_nothing_is_refused(tmp_path):
+    template = shapes.CHATML + "{% generation %}{% endgeneration %}"
+    refused = encode(tmp_path, template, TWO_TURNS)
+    assert isinstance(refused, Malformed) and "marks nothing of the assistant's turns" in refused.reason
 
 
 def test_a_template_cannot_reach_outside(tmp_path):
@@ -335,6 +378,29 @@ def test_of_several_templates_the_one_for_tools_writes_tools(tmp_path):
     ]
     assert encode(tmp_path, named, TWO_TURNS) == TWO_TURNS_WRITTEN["chatml"][1]
     assert encode(tmp_path, named, CALLING, tools=TOOLS) == CALLS_WRITTEN["qwen"][1]
+    # The same as files beside the tokenizer.
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(shapes.QWEN_TOOLS)
+    (tmp_path / "chat_template.jinja").write_text(shapes.CHATML)
+    assert encode(tmp_path, None, TWO_TURNS) == TWO_TURNS_WRITTEN["chatml"][1]
+    assert encode(tmp_path, None, CALLING, tools=TOOLS) == CALLS_WRITTEN["qwen"][1]
+
+
+def test_a_template_may_use_other_special_tokens_that_the_tokenizer_names(tmp_path):
+    template = shapes.CHATML.replace("<|im_end|>'", "' + turn_token").replace("<|im_end|>\n'", "' + turn_token + '\n'")
+    assert template.count("turn_token") == 2
+    folder = shapes.save_tokenizer(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "special_tokens_map.json").write_text(json.dumps({"turn_token": {"content": "<|im_end|>"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    spec = shapes.encoder_spec(
+        kind="chat",
+        tokenizer=shapes.load_tokenizer(folder),
+        text_field="text",
+        messages_field="messages",
+        chat_template=None,
+    )
+    assert marked(spec, *spec.build().encode([line({"messages": TWO_TURNS})])) == TWO_TURNS_WRITTEN["chatml"][1]
 
 
 def test_templates_that_are_none_are_refused(tmp_path):
@@ -348,15 +414,12 @@ def test_templates_that_are_none_are_refused(tmp_path):
         chat_spec(tmp_path, None, chat_template=tmp_path / "missing.jinja")
 
 
-def test_torch_is_not_needed(tmp_path):
-    spec = chat_spec(tmp_path, shapes.CHATML)
+def test_torch_is_not_needed(chatml):
     code = (
         "import sys, pickle\n"
         "spec, rows = pickle.load(sys.stdin.buffer)\n"
         "assert spec.build().encode(rows)[0].targets.any()\n"
         "assert 'torch' not in sys.modules\n"
     )
-    import pickle
-
-    sent = pickle.dumps((spec, [line({"messages": TWO_TURNS})]))
+    sent = pickle.dumps((chatml, [line({"messages": TWO_TURNS})]))
     subprocess.run([sys.executable, "-c", code], input=sent, check=True, timeout=60)

@@ -1,183 +1,225 @@
 from __future__ import annotations
 
-import os
-import resource
-import signal
-import subprocess
-import sys
+import gzip
+import hashlib
+import itertools
+import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_texts import documents, names_in, write_jsonl
+from prepared import TEMPLATE, contents, decoded, listed, prepared, spec_of
 
 from hypershard.data import prepare as prepare_file
-from hypershard.data.prepare import prepare, process_space
-from hypershard.data.token_bins import open_token_bins
-from hypershard.errors import DataError, StorageError
-
-
-def decoded(source, tokenizer):
-    """The documents of a split."""
-    tokens = source.read(0, source.num_tokens)
-    ends = np.flatnonzero(tokens == source.eos_token_id)
-    assert ends[-1] == len(tokens) - 1
-    return [tokenizer.backend.decode(part.tolist()) for part in np.split(tokens, ends[:-1] + 1)]
+from hypershard.data.documents import read_documents
+from hypershard.data.records import WHOLE
+from hypershard.data.token_bins import open_token_bins, verify
+from hypershard.errors import DataError
 
 
 def without_end(texts):
     return [text.removesuffix("<|endoftext|>") for text in texts]
 
 
-def test_every_document_is_written_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare_file, "BATCH_PIECES", 7)  # many batches
+def sha256s(folder):
+    return [hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()[:12] for split in ("train", "val")]
+
+
+def test_every_document_is_written_once(tmp_path, small_batches):
     texts = [f"{i}: {text}" for i, text in enumerate(documents(300))]
-    meta = prepare([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "bins", tokenizer, val_share=0.1)
+    meta = prepared(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "bins")
     train, val = open_token_bins(tmp_path / "bins")
-    train_texts, val_texts = without_end(decoded(train, tokenizer)), without_end(decoded(val, tokenizer))
+    train_texts, val_texts = without_end(decoded(train)), without_end(decoded(val))
     assert sorted(train_texts + val_texts) == sorted(texts)
     assert train_texts == sorted(train_texts, key=texts.index)  # in the order of the file
     assert 10 < len(val_texts) == meta.val.num_documents < 60
     assert meta.train.num_documents == len(train_texts)
+    ends = np.append(train.document_starts[1:], train.num_tokens)
+    assert meta.longest_document_tokens >= int((ends - train.document_starts).max()) > 50
+    assert np.all(train.read(0, train.num_tokens)[ends - 1] == train.eos_token_id)
+    assert train.targets(0, 5) is None
 
 
-def test_the_split_depends_on_its_seed_alone(tmp_path, tokenizer):
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in documents(300))
+LONG_LINES = "\n<|endoftext|>\n".join([*documents(100), "x\n" * 530_000, "the end"])
+
+
+# What the first version of `prepare` wrote: token bins made long ago stay equal to those made today.
+@pytest.mark.parametrize(
+    ("text", "val_share", "expected"),
+    [
+        (LINES, 0.1, "c447c4036db5 e08c90773721"),
+        (LINES, 1e-9, "e46eccaf3000 bbaed6b3ffea"),
+        ("\n".join(documents(300)), 0.01, "f39ee37d81be bd2087279531"),
+        (LONG_LINES, 0.3, "add4f04946e9 526f75e20a44"),
+    ],
+    ids=["share", "last document", "end of the only document", "pieces"],
+)
+def test_tokens_are_those_of_the_first_version(tmp_path, monkeypatch, text, val_share, expected):
+    monkeypatch.setattr(prepare_file, "BYTES_PER_PROCESS", 1)
+    path = tmp_path / ("a.jsonl" if text is LINES else "a.txt")
+    path.write_text(text)
+    prepared(path, tmp_path / "bins", val_share=val_share, num_processes=2 if text is LONG_LINES else 1)
+    assert " ".join(sha256s(tmp_path / "bins")) == expected
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, small_batches):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", documents(50))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "b", documents(60)).read_bytes()))
+    (folder / "c.txt").write_text("\n<|endoftext|>\n".join(documents(40)))
+    for num_processes in (1, 2):
+        prepared(folder, tmp_path / f"bins{num_processes}", num_processes=num_processes)
+    assert contents(tmp_path / "bins1") == contents(tmp_path / "bins2")
+
+
+def test_every_format_gives_the_same_tokens(tmp_path):
+    texts = documents(40)
+    table = pyarrow.table({"text": texts, "meta": [1] * 40})
+    line_file = write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(line_file.read_bytes()))
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts) + "\n")
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=9)
+    names = ["a.jsonl", "a.json.gz", "a.parquet", "a.arrow"]
+    found = []
+    for name in names:
+        prepared(tmp_path / name, tmp_path / f"bins {name}")
+        found.append(sha256s(tmp_path / f"bins {name}"))
+    assert found == found[:1] * len(names)
+
+
+def test_conversations_keep_which_tokens_the_loss_counts(tmp_path, small_batches):
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in documents(40)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    spec = spec_of(chat_template=tmp_path / "chat.jinja")
+    meta = prepared(path, tmp_path / "bins", spec=spec, num_processes=2)
+    raw = [d for file in listed(path) for d in read_documents(file, columns=spec.columns, part=WHOLE, skip=0)]
+    encoded = {one.tokens.tobytes(): one.targets for one in spec.build().encode(raw)}
+    assert meta.train.num_documents + meta.val.num_documents == 40
+    for source in open_token_bins(tmp_path / "bins"):
+        starts = np.append(source.document_starts, source.num_tokens).tolist()
+        for start, end in itertools.pairwise(starts):
+            targets = source.targets(start, end - start)
+            np.testing.assert_array_equal(targets, encoded[source.read(start, end - start).tobytes()])
+            assert 0 < targets.sum() < end - start
+    assert verify(tmp_path / "bins") == []
+
+
+def test_the_split_depends_on_its_seed_alone(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents(200))
-    metas = [
-        prepare([path], tmp_path / f"bins{i}", tokenizer, val_share=0.2, seed=seed) for i, seed in enumerate((1, 1, 2))
-    ]
+    metas = [prepared(path, tmp_path / f"bins{i}", val_share=0.2, seed=seed) for i, seed in enumerate((1, 1, 2))]
     assert metas[0] == metas[1] != metas[2]
 
 
-def test_files_named_val_are_the_val_split(tmp_path, tokenizer):
+def test_files_named_val_are_the_val_split(tmp_path):
     (tmp_path / "text").mkdir()
     write_jsonl(tmp_path / "text" / "train.jsonl", documents(20))
     write_jsonl(tmp_path / "text" / "val.jsonl", ["seen nowhere else"])
-    prepare([tmp_path / "text"], tmp_path / "bins", tokenizer)
+    prepared(tmp_path / "text", tmp_path / "bins", val_share=0.0)
     train, val = open_token_bins(tmp_path / "bins")
-    assert without_end(decoded(val, tokenizer)) == ["seen nowhere else"]
+    assert without_end(decoded(val)) == ["seen nowhere else"]
     assert train.num_documents == 20
 
 
-def test_where_no_document_is_picked_the_last_one_validates(tmp_path, tokenizer):
+def test_where_no_document_is_picked_the_last_one_validates(tmp_path):
     texts = documents(30)
     texts[-1] = "a short last document"
-    meta = prepare([write_jsonl(tmp_path / "a.jsonl", texts)], tmp_path / "bins", tokenizer, val_share=1e-9)
+    meta = prepared(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "bins", val_share=1e-9)
     train, val = open_token_bins(tmp_path / "bins")
-    assert without_end(decoded(val, tokenizer)) == texts[-1:]
-    assert without_end(decoded(train, tokenizer)) == texts[:-1]
+    assert without_end(decoded(val)) == texts[-1:]
+    assert without_end(decoded(train)) == texts[:-1]
     assert (meta.train.num_documents, meta.val.num_documents) == (29, 1)
 
 
-def test_a_single_document_is_cut_for_validation(tmp_path, tokenizer):
+def test_a_single_document_is_cut_for_validation(tmp_path):
     (tmp_path / "book.txt").write_text("\n".join(documents(200)))
-    meta = prepare([tmp_path / "book.txt"], tmp_path / "bins", tokenizer)
+    meta = prepared(tmp_path / "book.txt", tmp_path / "bins", val_share=0.01)
     train, val = open_token_bins(tmp_path / "bins")
-    tokens = np.concatenate([train.read(0, train.num_tokens), val.read(0, val.num_tokens)])
-    assert tokenizer.backend.decode(tokens[:-1].tolist()) == (tmp_path / "book.txt").read_text()
-    assert tokens[-1] == tokenizer.eos_token_id
-    assert 0.009 < val.num_tokens / len(tokens) < 0.011
+    assert "".join(decoded(train) + decoded(val)).removesuffix("<|endoftext|>") == (tmp_path / "book.txt").read_text()
+    assert 0.009 < val.num_tokens / (train.num_tokens + val.num_tokens) < 0.011
     assert (meta.train.num_documents, meta.val.num_documents) == (1, 1)
+    assert val.document_starts.tolist() == [0]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n', '{"text": "a"}\n'])
-def test_text_that_is_empty_or_nearly_so_is_refused(tmp_path, tokenizer, content):
+def test_text_that_is_empty_or_nearly_so_is_refused(tmp_path, content):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match="empty or nearly so"):
-        prepare([tmp_path / "a.jsonl"], tmp_path / "bins", tokenizer)
+        prepared(tmp_path / "a.jsonl", tmp_path / "bins")
     assert names_in(tmp_path) == ["a.jsonl"]
 
 
-def test_an_output_that_holds_something_is_refused(tmp_path, tokenizer):
+def test_an_output_that_holds_something_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", documents())
     output = tmp_path / "bins"
     output.mkdir()
-    prepare([path], output, tokenizer)  # empty is fine
+    prepared(path, output)  # empty is fine
     with pytest.raises(DataError, match="--output"):
-        prepare([path], output, tokenizer)
-
-
-def test_a_failure_midway_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(prepare_file, "BATCH_PIECES", 10)
-    path = write_jsonl(tmp_path / "a.jsonl", documents())
-    with open(path, "a") as file:
-        file.write("{cut\n")
-    progressed = []
-    with pytest.raises(DataError, match="line 121"):
-        prepare([path], tmp_path / "bins", tokenizer, progress=progressed.append)
-    assert len(progressed) == 12  # it had written
-    assert names_in(tmp_path) == ["a.jsonl"]
-
-
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from hypershard.data import prepare as p
-from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.tokenizer import load_tokenizer
-write = p.write_json
-def die(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-p.write_json = die  # everything is on the disk but meta.json
-p.prepare([Path(sys.argv[1])], Path(sys.argv[2]), load_tokenizer(TOKENIZER_PATH))
-"""
-
-
-def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, tokenizer):
-    path, output = write_jsonl(tmp_path / "a.jsonl", documents()), tmp_path / "bins"
-    done = subprocess.run([sys.executable, "-c", _KILLED, path, output], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not output.exists()
-    leftovers = [name for name in names_in(tmp_path) if name.endswith(".tmp")]
-    assert len(leftovers) == 1 and not (tmp_path / leftovers[0] / "meta.json").exists()
-    prepare([path], output, tokenizer)
+        prepared(path, output)
     assert names_in(tmp_path) == ["a.jsonl", "bins"]
-    open_token_bins(output)
 
 
-def test_the_unfinished_folder_of_a_running_process_is_left_alone(tmp_path, tokenizer):
-    other = tmp_path / f".bins.{process_space()}.{os.getppid()}.tmp"
-    other.mkdir()
-    prepare([write_jsonl(tmp_path / "a.jsonl", documents())], tmp_path / "bins", tokenizer)
-    assert other.is_dir()
+BAD_ROWS = ["{cut", '{"text": 5}', "[]", '{"other": "a"}', '{"text": null}', '{"text": ["a"]}', '"text"']
 
 
-def test_a_file_the_system_refuses_to_grow_is_one_storage_error(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", documents() * 20)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(StorageError, match="writing token bins into"):
-            prepare([path], tmp_path / "bins", tokenizer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert names_in(tmp_path) == ["a.jsonl"]
+@pytest.fixture
+def with_bad_rows(tmp_path):
+    """120 documents, and seven rows that are none after the hundredth."""
+    lines = write_jsonl(tmp_path / "a.jsonl", documents()).read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:100], *BAD_ROWS, *lines[100:]]) + "\n")
+    return tmp_path / "a.jsonl"
 
 
-def test_a_full_disk_is_one_storage_error(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "a.jsonl", documents() * 20)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("may not mount a small disk here")
-    try:
-        with pytest.raises(StorageError, match="no space left on the disk"):
-            prepare([path], disk / "bins", tokenizer)
-        assert names_in(disk) == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_progress_reaches_the_end(tmp_path, tokenizer):
-    paths = [write_jsonl(tmp_path / f"{i}.jsonl", documents()) for i in range(2)]
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_first_malformed_row_is_refused_and_what_was_done_is_kept(
+    tmp_path, small_batches, with_bad_rows, num_processes
+):
+    with pytest.raises(DataError, match=r"a\.jsonl line 101: .*--malformed_rows=skip.*98 documents are done"):
+        prepared(with_bad_rows, tmp_path / "bins", num_processes=num_processes)
+    assert not (tmp_path / "bins").exists()
     seen = []
-    meta = prepare(paths, tmp_path / "bins", tokenizer, progress=seen.append)
+    meta = prepared(with_bad_rows, tmp_path / "bins", malformed_rows="skip", progress=seen.append)
+    assert seen[0].num_documents > 98 and meta.num_malformed_rows == len(BAD_ROWS)
+    write_jsonl(tmp_path / "good.jsonl", documents())
+    prepared(tmp_path / "good.jsonl", tmp_path / "good")
+    assert sha256s(tmp_path / "bins") == sha256s(tmp_path / "good")
+
+
+def test_five_skipped_rows_are_named_and_all_are_counted(tmp_path, small_batches, with_bad_rows, monkeypatch):
+    told = []
+    monkeypatch.setattr(prepare_file.logger, "warning", told.append)
+    meta = prepared(with_bad_rows, tmp_path / "bins", malformed_rows="skip")
+    assert meta.num_malformed_rows == len(BAD_ROWS) == 7
+    assert [line.split(": ")[1].split()[-1] for line in told] == ["101", "102", "103", "104", "105"]
+
+
+def test_rows_skipped_by_a_stopped_run_are_refused_by_one_that_refuses(tmp_path, small_batches, with_bad_rows):
+    def stop(done):
+        if done.num_documents > 110:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepared(with_bad_rows, tmp_path / "bins", malformed_rows="skip", progress=stop)
+    with pytest.raises(DataError, match="line 101"):
+        prepared(with_bad_rows, tmp_path / "bins")
+
+
+def test_progress_reaches_the_end(tmp_path, text_folder, small_batches):
+    seen = []
+    meta = prepared(text_folder, tmp_path / "bins", progress=seen.append)
     assert [one.read_bytes for one in seen] == sorted(one.read_bytes for one in seen)
-    assert seen[-1].read_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in paths)
+    assert seen[-1].read_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in text_folder.iterdir())
     assert seen[-1].num_tokens == meta.train.num_tokens + meta.val.num_tokens
 
 
 @pytest.mark.parametrize("val_share", [0, 1, -0.1])
-def test_shares_outside_0_to_1_are_refused(tmp_path, tokenizer, val_share):
+def test_shares_outside_0_to_1_are_refused(tmp_path, val_share):
     with pytest.raises(DataError, match="--val_share"):
-        prepare([tmp_path], tmp_path / "bins", tokenizer, val_share=val_share)
+        prepared(write_jsonl(tmp_path / "a.jsonl", documents()), tmp_path / "bins", val_share=val_share)

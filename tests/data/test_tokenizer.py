@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from chat_shapes import save_tokenizer
 from tokenizers import Tokenizer, models
 
 from hypershard.data.embedded import TOKENIZER_PATH
@@ -76,3 +77,14 @@ def test_unusable_tokenizers_are_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         load_tokenizer(tmp_path / "broken.json")
+
+
+def test_special_tokens_are_those_marked_so(tmp_path):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path))
+    assert {"<|im_end|>", "[INST]", "<|endoftext|>"} <= tokenizer.special_tokens
+    assert "<think>" not in tokenizer.special_tokens and "the" not in tokenizer.special_tokens
+
+
+def test_a_batch_gives_the_ids_that_encode_does(tokenizer):
+    texts = ["one two", "", "☃ <|endoftext|>"]
+    assert [one.ids for one in tokenizer.encode_batch(texts)] == [ids.tolist() for ids in tokenizer.encode(texts)]

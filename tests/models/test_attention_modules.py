@@ -1,21 +1,26 @@
 """Documents packed in one row: blind to each other on both ways, and the same numbers on both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 import varlen_on_cpu
+from tests.rank_pool import RankPool
 from tiny_models import tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
-from hypershard.config.schema import MODEL_TYPES, ModelConfig
+from hypershard.config.schema import MODEL_TYPES, ModelConfig, ParallelConfig
+from hypershard.distributed.mesh import build_mesh
+from hypershard.distributed.process_group import World
 from hypershard.models import attention_modules
 from hypershard.models.attention_modules import varlen_attention
 from hypershard.models.family import family_of
 from hypershard.models.llama4 import chunks_follow_documents
 from hypershard.parallel.activation import checkpoint_activations
+from hypershard.parallel.fsdp import shard
 from hypershard.train.attention import Attention, Segments, segments
+from hypershard.train.loss import LanguageModel
 
 CPU = torch.device("cpu")
 # Rows of 48: three documents, one longer than windows (12) and chunks (16); one document; many, one of a single token.
@@ -69,7 +74,7 @@ def document_slices() -> list[tuple[int, slice]]:
 
 def test_segments_are_the_documents() -> None:
     borders, longest = segments(ROWS, chunk_tokens=None, device=CPU)
-    assert borders.dtype == torch.int32
+    assert borders.dtype == longest.dtype == torch.int32
     assert borders.tolist() == [0, 5, 35, 48, 96, 97, 99, 116, 136, 144]
     assert longest.shape == (48, 0)
 
@@ -256,6 +261,38 @@ def test_compiled_blocks_follow_any_number_of_documents(mode: str) -> None:
     found = gradients(model, positions, compiler=compiler, mode=mode)
     assert compiler.frame_count == 1
     assert_close(found, gradients(model, positions))
+
+
+def graphs_in_bf16_shards(world: World, model_type: str) -> list[int]:
+    """How many graphs there are after each batch; on a rank, with the blocks sharded as in a job."""
+    torch._dynamo.reset()
+    model, compiler = tiny_model(model_type), CompileCounterWithBackend("aot_eager")
+    hf_model, family = a_model(model, "varlen"), family_of(model_type)
+    blocks = family.blocks(hf_model)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=compiler)
+    root = LanguageModel(
+        hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
+    )
+    mesh = build_mesh("full", world_size=world.size, hybrid_shard_degree=1, device_type="cpu")
+    shard(root, blocks, mesh=mesh, parallel=ParallelConfig(bf16=True), pin_memory=False)
+    varlen_on_cpu.install()
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:  # the rank serves other tests too
+        patch.setattr(attention_modules, "_one_by_one", attention_modules._by_kernel)
+        for length in (48, 24, 5, 17):
+            positions = (torch.arange(48) % length).expand(3, -1)
+            root(positions, positions, positions, options_of(model, "varlen", positions)).backward()
+            counts.append(compiler.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize(("model_type", "num_kinds"), [("llama_v3", 1), ("llama4", 2)])
+def test_compiled_blocks_stay_one_graph_where_fsdp_casts(
+    pools: Callable[[int], RankPool], model_type: str, num_kinds: int
+) -> None:
+    """One graph for each kind of block (llama4: chunked and not), though FSDP2 goes over everything they get."""
+    assert pools(1).run(graphs_in_bf16_shards, model_type)[0] == [num_kinds] * 4
 
 
 @pytest.mark.usefixtures("kernel_for_all")

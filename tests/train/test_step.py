@@ -83,7 +83,7 @@ def test_nan_never_reaches_the_weights(pools: Callable[[int], RankPool], cache_d
 
 
 def test_the_guard_gives_up_after_the_allowed_number() -> None:
-    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, True, ())
+    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, 0.0, 0.0, True, ())
     progress = Progress(step=4, samples=8)
     for number in range(3):
         progress = advance(progress, report, seconds=report.seconds)

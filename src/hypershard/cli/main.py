@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "turn text into token bins",
     "checkpoint": "list, verify, copy, prune, compare and export checkpoints",
     "generate": "let a trained model continue a text",
+    "data": "analyze a data set; read back which samples a run trained on",
     "report": "show a run: its curve, speed and whereabouts",
 }
 

@@ -154,12 +154,14 @@ def _require_whole(messages: list[dict[str, Any]], text: str) -> None:
     for number, message in enumerate(messages, start=1):
         if message["role"] not in ("user", "assistant"):
             continue  # some templates know no system prompt, or write a tool's answer as JSON
-        pieces = [message["content"] or "", *(call["function"]["name"] for call in message.get("tool_calls", ()))]
-        places = [squeezed.find(_squeezed(piece), place) for piece in pieces]
+        said = [message["content"] or "", *(call["function"]["name"] for call in message.get("tool_calls", ()))]
+        pieces = [_squeezed(piece) for piece in said]
+        places = [squeezed.find(piece, place) for piece in pieces]
         if min(places) < 0:
             what = "a tool call" if places[0] >= 0 else "some of the content"
             raise Refused(f"message {number}: the chat template leaves out {what}; {_USE_MARKERS}")
-        place = min(places)
+        # Messages are written in order; the text and the calls of one may be in any.
+        place = max(start + len(piece) for start, piece in zip(places, pieces, strict=True))
 
 
 def _squeezed(text: str) -> str:

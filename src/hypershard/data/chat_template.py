@@ -13,8 +13,8 @@ from ..errors import DataError
 from .tokenizer import TextTokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
-# What a template may call the tokenizer's special tokens by, as transformers hands them over.
-VARIABLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Where transformers keeps the other templates of a tokenizer that has several.
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -42,21 +42,23 @@ def marks_generation(text: str) -> bool:
 
 
 def read_chat_template(tokenizer: TextTokenizer, given: Path | None) -> ChatTemplate:
-    """The template in the file `given`, else `chat_template.jinja` beside the tokenizer, else the one in its
-    tokenizer_config.json: of several, 'default', and 'tool_use' for conversations with tools, as in transformers.
+    """The template in the file `given`, else in `chat_template.jinja` beside the tokenizer, else in its
+    tokenizer_config.json. Of several, 'default', and 'tool_use' for conversations with tools, as in transformers.
 
     DataError: no template, one that is no text, or no default among several.
     """
     config_path = tokenizer.path.with_name("tokenizer_config.json")
     config = _settings(config_path)
     beside = tokenizer.path.with_name(TEMPLATE_FILE)
-    file = given or (beside if beside.is_file() else None)
-    if file is not None:
-        source, text, tool_text = str(file), _read(file), None
+    for_tools = tokenizer.path.parent / TOOL_TEMPLATE_FILE
+    if given is not None:
+        source, text, tool_text = given, _read(given), None
+    elif beside.is_file():
+        source, text, tool_text = beside, _read(beside), _read(for_tools) if for_tools.is_file() else None
     else:
-        source = str(config_path)
+        source = config_path
         text, tool_text = _configured(config.get("chat_template"), config_path)
-    return ChatTemplate(source=source, text=text, tool_text=tool_text, variables=_variables(config, tokenizer))
+    return ChatTemplate(source=str(source), text=text, tool_text=tool_text, variables=_variables(config, tokenizer))
 
 
 def _read(file: Path) -> str:
@@ -99,11 +101,10 @@ def _configured(value: Any, path: Path) -> tuple[str, str | None]:
 
 
 def _variables(config: dict[str, Any], tokenizer: TextTokenizer) -> tuple[tuple[str, str], ...]:
+    """bos_token, eos_token and whatever other special tokens are named so, as transformers hands them to templates."""
     found = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_token_id)}
-    for name in VARIABLES:
-        token = config.get(name)
-        if isinstance(token, dict):  # an AddedToken written out
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
+    for name, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token  # an AddedToken written out
+        if name.endswith("_token") and isinstance(text, str):
+            found[name] = text
     return tuple(sorted((name, token) for name, token in found.items() if token is not None))

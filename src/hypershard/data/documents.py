@@ -74,27 +74,28 @@ def _lines(file: DataFile, raw: BinaryIO, packing: str) -> Iterator[_Line]:
         ) from error
 
 
-def _lines_from(raw: BinaryIO, first_byte: int, end_byte: int) -> Iterator[_Line]:
+def _lines_between(raw: BinaryIO, first_byte: int, end_byte: int) -> Iterator[_Line]:
     """The lines of an unpacked file that start at `first_byte` or later and before `end_byte`."""
-    # The byte before tells whether a line starts at `first_byte` itself.
-    position = raw.seek(first_byte - 1)
-    position += len(raw.readline())
+    position = 0
+    if first_byte:
+        # The byte before tells whether a line starts at `first_byte` itself.
+        position = raw.seek(first_byte - 1)
+        position += len(raw.readline())
     for number in itertools.count(1):
         line = raw.readline() if position < end_byte else b""
         if not line:
             return
+        content = line if position else line.removeprefix(_BYTE_ORDER_MARK)
         position += len(line)
-        yield number, line, position
+        yield number, content, position
 
 
 def _json_lines(file: DataFile, raw: BinaryIO, packing: str, *, part: Part, skip: int) -> Iterator[RawDocument]:
     cut_by_bytes = not packing and part.count > 1
     first_byte = file.size_bytes * part.index // part.count if cut_by_bytes else 0
     end_byte = file.size_bytes * (part.index + 1) // part.count
-    lines = _lines_from(raw, first_byte, end_byte) if first_byte else _lines(file, raw, packing)
-    if cut_by_bytes and not first_byte:
-        lines = itertools.takewhile(lambda line: line[2] - len(line[1]) < end_byte, lines)
-    lines = (line for line in lines if not line[1].isspace())
+    found = _lines_between(raw, first_byte, end_byte) if cut_by_bytes else _lines(file, raw, packing)
+    lines = (line for line in found if not line[1].isspace())
     start, step = (skip, 1) if cut_by_bytes else (part.index + skip * part.count, part.count)
     may_be_array = file.name.lower().removesuffix(packing).endswith(".json") and not first_byte
     for number, line, read_bytes in itertools.islice(lines, start, None, step):

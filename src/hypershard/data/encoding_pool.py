@@ -6,6 +6,7 @@ of its own with one thread: the tokenizer's own threads would wait for one anoth
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -32,6 +33,8 @@ BATCH_DOCUMENTS = 4096
 BATCH_BYTES = 2**20
 # Batches read ahead for each worker: one it encodes, one that waits for it, one that waits to be written.
 BATCHES_AHEAD = 3
+# Launchers and Ctrl-C send these to whole process groups; the process that reads decides what happens then.
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +126,9 @@ def encoded(
     waiting: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, spec, _packed(batch.documents))))
+            with _signals_held_back():  # a worker is started here when all are busy
+                future = pool.submit(_encode_in_worker, spec, _packed(batch.documents))
+            waiting.append((batch, future))
             if len(waiting) == BATCHES_AHEAD * num_processes:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -152,10 +157,17 @@ def _packed(documents: list[RawDocument]) -> _Packed:
     )
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process begins with the mask of the thread that starts it, so that none of these reaches a worker, ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    # Launchers and Ctrl-C signal whole process groups; the process that reads decides what happens then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

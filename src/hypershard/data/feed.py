@@ -109,6 +109,13 @@ class Feed:
             return self._open_lanes().take(self._wanted(place))
         return rows.row(place.sample), None
 
+    def documents(self, place: Place) -> list[str]:
+        """Where the row at `place` comes from, for people. Of a stream: only right after `take`, without workers."""
+        rows = self.sources[place.source].rows
+        if isinstance(rows, StreamSpec):
+            return self._open_lanes().documents(self._wanted(place))
+        return rows.documents(place.sample)
+
     def _wanted(self, place: Place) -> Wanted:
         return Wanted(self._streams.index(place.source), place.lane, place.sample)
 

@@ -13,10 +13,9 @@ from ..log import logger
 from ..remote_files import list_files, open_file
 from .cards import CardSplit, card_configs, choose_config, config_splits, glob_pattern
 from .formats import UNDERSTOOD, format_of
-from .hub import HUB_NAME, list_dataset
+from .hub import HUB_NAME, README, list_dataset
 from .records import DataFile
 
-README = "README.md"
 # "train-0001.jsonl", "val/", "c4-validation.00000.json.gz", but not "trainspotting.txt".
 _SPLIT_NAME = re.compile(r"(?:^|[._-])(train|val)(?:ing|id|idation)?(?=[._-]|\d|$)", re.IGNORECASE)
 

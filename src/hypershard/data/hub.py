@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import DataError
 from ..log import logger
@@ -21,7 +22,7 @@ from ..remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_req
 from ..storage import make_directory, read_json, readable_errors, write_bytes, write_json
 
 # "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
-HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?(?:@[\w./-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?(?:@[\w./-]+)?")
 README = "README.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # What was asked so recently is not asked again: the processes of a job start within this time of each other.
@@ -56,7 +57,7 @@ def list_dataset(name: str, *, cache_dir: Path) -> HubDataset:
     be asked, with a warning that gives its date. DataError: no such name, gated, or offline and nothing in the cache.
     StorageError: the hub cannot be reached, and nothing is in the cache.
     """
-    kept = _Kept(f"--dataset={name}: listing it on the hub", "datasets", name, cache_dir)
+    kept = _Kept("datasets", name, cache_dir, flag="--dataset")
     with kept.lock():
         found = kept.read()
         if found is None or not found.is_fresh:
@@ -75,7 +76,7 @@ def _listing(doing: str, info: dict[str, Any]) -> dict[str, Any]:
     files = []
     while url:
         answer = hub_request(doing, url, patience=Patience())
-        for entry in answer.json():
+        for entry in _json(answer, doing):
             if entry["type"] == "file":
                 lfs = entry.get("lfs") or {}
                 file = HubFileInfo(
@@ -99,7 +100,7 @@ def fetch_tokenizer(name: str, *, cache_dir: Path) -> Path:
     """
     if not HUB_NAME.fullmatch(name):
         raise DataError(f"--tokenizer={name}: found nothing there; expected a path, or a model's name such as org/name")
-    kept = _Kept(f"--tokenizer={name}: fetching it from the hub", "models", name, cache_dir)
+    kept = _Kept("models", name, cache_dir, flag="--tokenizer")
     with kept.lock():
         found = kept.read()
         if found is None or not found.is_fresh:
@@ -141,9 +142,10 @@ class _Found:
 class _Kept:
     """The cache's folder of one name on one hub, and the question which commit the name has now."""
 
-    def __init__(self, doing: str, kind: str, name: str, cache_dir: Path) -> None:
-        self.doing, self._kind = doing, kind
-        self._repository, _, self._revision = name.partition("@")
+    def __init__(self, kind: str, name: str, cache_dir: Path, *, flag: str) -> None:
+        self.doing = f"{flag}={name}: no file or folder here has this name; asking the hub for it"
+        repository, _, revision = name.partition("@")
+        self._url = f"{hub_endpoint()}/api/{kind}/{repository}/revision/{quote(revision or 'main', safe='')}"
         hub = re.sub(r"[^\w.-]", "_", hub_endpoint().split("://")[-1])
         self.folder = cache_dir / "hub" / hub / kind / name.replace("/", "--")
         self._file = self.folder / "kept.json"
@@ -175,11 +177,8 @@ class _Kept:
 
     def ask(self, found: _Found | None) -> dict[str, Any] | None:
         """The hub's description of the name (`id`, `sha`, `siblings`); None: it cannot be had, and `found` will do."""
-        url = f"{hub_endpoint()}/api/{self._kind}/{self._repository}/revision/{self._revision or 'main'}"
         try:
-            answer = hub_request(self.doing, url, patience=_PATIENCE_WITH_CACHE if found else Patience())
-            info: dict[str, Any] = answer.json()
-            return info
+            answer = hub_request(self.doing, self._url, patience=_PATIENCE_WITH_CACHE if found else Patience())
         except (Offline, Unreachable) as error:
             if found is None:
                 raise type(error)(
@@ -190,3 +189,17 @@ class _Kept:
             asked_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.asked_at))
             logger.warning("%s; going on with what the hub said on %s", error, asked_at)
             return None
+        info = _json(answer, self.doing)
+        # The commit becomes the name of a folder, and what comes from outside is not to choose where that is.
+        if not isinstance(info, dict) or not re.fullmatch(r"[0-9a-f]{7,64}", str(info.get("sha"))) or "id" not in info:
+            raise DataError(f"{self.doing}: {hub_endpoint()} answered {str(info)[:100]}; expected id and sha")
+        return info
+
+
+def _json(answer: Any, doing: str) -> Any:
+    """What an answer says. Networks that want a login answer with a page of their own."""
+    try:
+        return answer.json()
+    except ValueError as error:
+        found = answer.headers.get("content-type", "something")
+        raise DataError(f"{doing}: {hub_endpoint()} answered {found}; expected JSON (is this a hub?)") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
@@ -152,7 +153,7 @@ def resolve_text(name: str, data: DataConfig) -> Text:
     own = Path(name).expanduser() / "tokenizer.json"
     default = own if own.is_file() else TOKENIZER_PATH
     if data.tokenizer is None and default == TOKENIZER_PATH and name != EMBEDDED:
-        logger.warning("no --tokenizer given: the embedded one of a few thousand ids is used, which is for trials")
+        _tell_of_embedded_tokenizer()
     tokenizer = _tokenizer(data, default)
     kind = data.data_kind if data.data_kind != "auto" else _kind(files, data)
     encoder = encoder_spec(
@@ -198,6 +199,11 @@ def _tokenizer(data: DataConfig, default: Path) -> TextTokenizer:
     if looks_local or Path(location).expanduser().exists():
         return load_tokenizer(location)
     return load_tokenizer(fetch_tokenizer(location, cache_dir=_cache_dir(data)))
+
+
+@functools.cache  # once a process
+def _tell_of_embedded_tokenizer() -> None:
+    logger.info("no --tokenizer given: the embedded one of 4,096 ids is used, which is for trials")
 
 
 def _cache_dir(data: DataConfig) -> Path:

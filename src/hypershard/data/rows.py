@@ -33,6 +33,10 @@ class Rows(Protocol):
 
     def row(self, index: int) -> Row: ...
 
+    def documents(self, index: int) -> list[str]:
+        """Where the row's tokens come from, for people: the ledger prints it."""
+        ...
+
 
 def row_of(
     tokens: NDArray[np.int64], *, starts: NDArray[np.int64], targets: NDArray[np.bool_] | None, document_mask: bool
@@ -76,6 +80,10 @@ class Windows:
         starts = self._starts(tokens, start) if self._document_mask else np.empty(0, dtype=np.int64)
         return row_of(tokens, starts=starts, targets=source.targets(start, count), document_mask=self._document_mask)
 
+    def documents(self, index: int) -> list[str]:
+        start = index * self._context_tokens
+        return [_described(self._source, start, min(self._context_tokens + 1, self._source.num_tokens - start))]
+
     def _starts(self, tokens: NDArray[np.int64], start: int) -> NDArray[np.int64]:
         """Places in the window at which documents begin, its own first place left out."""
         starts = self._source.document_starts
@@ -107,3 +115,16 @@ class Packs:
             targets=None if targets[0] is None else np.concatenate([part for part in targets if part is not None]),
             document_mask=self._document_mask,
         )
+
+    def documents(self, index: int) -> list[str]:
+        begins, lengths = self._plan.pieces_of(index)
+        return [_described(self._source, *piece) for piece in zip(begins.tolist(), lengths.tolist(), strict=True)]
+
+
+def _described(source: TokenSource, start: int, count: int) -> str:
+    """Tokens [start, start + count) and, where the source knows them, the documents they lie in, counted from 0."""
+    tokens = f"tokens {start} to {start + count - 1}"
+    if source.document_starts is None:
+        return tokens
+    first, last = np.searchsorted(source.document_starts, (start, start + count - 1), side="right") - 1
+    return f"document {first} ({tokens})" if first == last else f"documents {first} to {last} ({tokens})"

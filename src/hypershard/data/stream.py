@@ -78,6 +78,7 @@ class Lane:
         self._num_malformed = 0
         self._documents = self._tokenised(cursor)
         self.cursor = cursor
+        self.documents: list[str] = []  # where the last row's tokens come from, for people
 
     def next(self) -> Row:
         """The lane's next row, full; `cursor` is then what follows it."""
@@ -85,6 +86,7 @@ class Lane:
         while sum(document.num_left for document in self._pending) < size:
             self._pending.append(next(self._documents))
         row = self._row(size)
+        self.documents = self._described(size)
         self._drop(size - 1)  # the last token is the first of the next row
         first = self._pending[0]
         self.cursor = dataclasses.replace(first.begin, samples=self.cursor.samples + 1, token=first.used)
@@ -108,6 +110,15 @@ class Lane:
             targets=np.concatenate(targets),
             document_mask=self._spec.document_mask,
         )
+
+    def _described(self, size: int) -> list[str]:
+        found = []
+        for document in self._pending:
+            found.append(f"{document.where} from token {document.used}" if document.used else document.where)
+            size -= document.num_left
+            if size <= 0:
+                break
+        return found
 
     def _drop(self, count: int) -> None:
         while count:
@@ -135,7 +146,8 @@ class Lane:
                         if len(tokens):
                             found = True
                             place = skip_places + first + offset
-                            yield _Tokens(dataclasses.replace(begin, place=place), tokens, targets, used)
+                            where = documents[places[first + offset]][0].where
+                            yield _Tokens(dataclasses.replace(begin, place=place), where, tokens, targets, used)
                 skip_places = 0
             if not found and block == Cursor(epoch=block.epoch):
                 raise DataError(
@@ -200,9 +212,10 @@ class Lane:
 
 @dataclass
 class _Tokens:
-    """A document in use: `begin` is the cursor of its beginning."""
+    """A document in use: `begin` is the cursor of its beginning, `where` its file and line."""
 
     begin: Cursor
+    where: str
     tokens: NDArray[np.int64]
     targets: NDArray[np.bool_]
     used: int

@@ -17,7 +17,7 @@ from ..errors import DataError
 # Names of the end-of-document token, tried in this order where tokenizer_config.json does not name one.
 EOS_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<|eot|>")
 # Files beside tokenizer.json that transformers reads with it.
-COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,10 @@ class Lanes:
         self._cursors[place] = cursor
         return row, self._cursors[place].copy()
 
+    def documents(self, wanted: Wanted) -> list[str]:
+        """Where the row taken last from this lane comes from. Only without workers."""
+        return self._here.lanes[wanted.stream, wanted.lane].documents
+
     def _worker_of(self, wanted: Wanted) -> _Worker:
         return self._workers[(wanted.lane + wanted.stream) % len(self._workers)]
 
@@ -87,16 +91,16 @@ class _Reader:
     def __init__(self, specs: Sequence[StreamSpec], num_lanes: int) -> None:
         self._specs = specs
         self._num_lanes = num_lanes
-        self._lanes: dict[tuple[int, int], Lane] = {}
+        self.lanes: dict[tuple[int, int], Lane] = {}
 
     def read(self, wanted: Wanted, cursor: Sequence[int] | NDArray[np.int64]) -> tuple[Row, tuple[int, ...]]:
         """The row and the cursor after it. `cursor` is where the lane goes on if it is not open yet."""
         key = (wanted.stream, wanted.lane)
-        lane = self._lanes.get(key)
+        lane = self.lanes.get(key)
         if lane is None:
             at = Cursor(*(int(number) for number in cursor))
             spec = self._specs[wanted.stream]
-            lane = self._lanes[key] = Lane(spec, lane=wanted.lane, num_lanes=self._num_lanes, cursor=at)
+            lane = self.lanes[key] = Lane(spec, lane=wanted.lane, num_lanes=self._num_lanes, cursor=at)
         while lane.cursor.samples < wanted.index:  # another rank has these
             lane.next()
         return lane.next(), dataclasses.astuple(lane.cursor)

@@ -48,12 +48,12 @@ def varlen_attention(
     assert segments is not None and attention_mask is None and not options.get("dropout"), "see train/attention.py"
     batch_size, _, context_tokens, _ = query.shape
     # Heads lie side by side in memory, so [B, heads, T, D] -> [B*T, heads, D] copies nothing.
-    tokens = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     window = options.get("sliding_window")
     if window is not None and window >= context_tokens:
         window = None
     attend = _by_kernel if query.is_cuda else _one_by_one
-    mixed = attend(*tokens, segments, scale=options["scaling"], window=window)
+    mixed = attend(query, key, value, segments, scale=options["scaling"], window=window)
     return mixed.unflatten(0, (batch_size, context_tokens)), None
 
 
@@ -70,9 +70,10 @@ def _by_kernel(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # (-1, 0) is what the kernel takes for causal: as far back as the segment goes, nothing ahead.
     back = -1 if window is None else window - 1
-    mixed: torch.Tensor = varlen_attn(
+    mixed = varlen_attn(
         query, key, value, borders, borders, longest, longest, scale=scale, window_size=(back, 0), **options
     )
+    assert isinstance(mixed, torch.Tensor)  # a tuple only where the sums are asked for as well
     return mixed
 
 
@@ -85,7 +86,10 @@ def _one_by_one(
     lengths = segments[0].diff().tolist()
     by_head = (query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1))
     parts = zip(*(states.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for states in by_head), strict=True)
-    mixed = [F.scaled_dot_product_attention(*part, scale=scale, **_mask(part[0].shape[2], window)) for part in parts]
+    mixed = [
+        F.scaled_dot_product_attention(asked, keys, values, scale=scale, **_mask(asked.shape[2], window))
+        for asked, keys, values in parts
+    ]
     return torch.cat(mixed, dim=2).squeeze(0).transpose(0, 1)
 
 

@@ -72,6 +72,7 @@ def _library() -> Any:
     try:
         import huggingface_hub
         import huggingface_hub.constants
+        import huggingface_hub.utils
     except ImportError as error:
         raise DataError("hub names need the package huggingface_hub; pip install huggingface_hub") from error
     return huggingface_hub

@@ -15,10 +15,10 @@ from ..data.packing import Batch
 from ..errors import ConfigError
 from ..models.family import family_of
 
-# What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
-_WIDEST_HEAD = 256
+# What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
+# Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
+_WIDEST_HEAD = 192
 _HEAD_MULTIPLE = 8
-
 
 # Borders int32 [num_segments + 1], from 0 to B*T; and a tensor without content whose first size is the longest
 # segment's length in tokens (models/attention_modules.py).
@@ -55,7 +55,8 @@ def segments(position_ids: torch.Tensor, *, chunk_tokens: int | None, device: to
     end = torch.tensor([position_ids.numel()])
     on_host = torch.cat([starts.flatten().nonzero().flatten(), end]).to(torch.int32)
     borders = on_host.to(device, non_blocking=True)
-    longest = torch.empty(int(on_host.diff().max()), 0, device=device)
+    # Of integers: FSDP2 casts floats to bfloat16 in front of each block, and the copies would not be marked.
+    longest = torch.empty(int(on_host.diff().max()), 0, dtype=torch.int32, device=device)
     # Both sizes change from batch to batch. A compiled block takes any from the start, and is never compiled again;
     # a plain int would first be compiled as a constant, and twice the graphs would pass the compiler's limit of 8.
     for changing in (borders, longest):

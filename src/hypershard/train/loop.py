@@ -12,7 +12,7 @@ from ..log import logger
 from ..metrics.sinks import Sink, close
 from . import guard
 from .evaluate import evaluate
-from .records import Stopwatch, step_record
+from .records import Stopwatch, ledger_cursors, step_record
 from .rehearse import rehearse
 from .restore import Start, restore
 from .setup import Job
@@ -58,7 +58,7 @@ def run(
 
     progress = restore(job, start)
     sinks = open_sinks(progress.step)
-    event("started", step=progress.step, world_size=job.world.size)
+    event("started", step=progress.step, world_size=job.world.size, **job.data_position(progress))
     if eval_only:
         outcome = Outcome("eval_only", progress, validate())
         close(sinks)
@@ -96,9 +96,11 @@ def run(
             if is_due(progress.step, schedule.validation, last_step):
                 validation_loss = validate()
             if due := saves and job.checkpoints.due(progress.step, busy, asked=save_asked, step_seconds=report.seconds):
-                job.checkpoints.save(progress.step, job.tensors(), job.facts(progress), due=due)
+                facts = job.facts(progress)
+                job.checkpoints.save(progress.step, job.tensors(), facts, due=due)
                 wish.granted(due, time.monotonic())
-                event("saved", step=progress.step, tiers=due, stall_seconds=job.checkpoints.last_stall_seconds)
+                stall_seconds, cursors = job.checkpoints.last_stall_seconds, ledger_cursors(facts, due)
+                event("saved", step=progress.step, tiers=due, stall_seconds=stall_seconds, cursors=cursors)
             job.checkpoints.poll()
         if saves and job.checkpoints.save_last(progress.step, job.tensors(), job.facts(progress)):
             event("saved", step=progress.step, tiers=["all"], stall_seconds=job.checkpoints.last_stall_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.memory import peak_memory_bytes
@@ -21,6 +22,12 @@ class Stopwatch:
         now = time.perf_counter()
         elapsed, self._read_at = now - self._read_at, now
         return elapsed
+
+
+def ledger_cursors(facts: Mapping[str, Any], due: Sequence[str]) -> str | None:
+    """Cursors of streams for the run's record, from which `hypershard data ledger` reads on; None for memory saves,
+    which come too often to be kept."""
+    return None if set(due) <= {"memory"} else facts["cursors"]
 
 
 def step_record(job: Job, progress: Progress, report: StepReport) -> dict[str, Any]:

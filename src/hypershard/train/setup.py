@@ -33,7 +33,7 @@ from .attention import Attention, choose_attention
 from .data import TrainingData, build_data, open_data
 from .loss import LanguageModel
 from .refuse import refuse_missing_bf16, refuse_other_tokenizer
-from .state import checkpoint_tensors
+from .state import Progress, checkpoint_tensors
 from .stop import Limits
 from .tiers import build_checkpoints
 
@@ -68,6 +68,11 @@ class Job:
         """The weights and moments as they are now. Asked for anew each time: at the first forward FSDP2 replaces
         shards by padded (rows that do not divide evenly) or pinned ones, and what was taken before would be stale."""
         return checkpoint_tensors(self.parameters, self.optimizer)
+
+    def data_position(self, progress: Progress) -> dict[str, int]:
+        """Which samples come next, for the run's record: what `hypershard data ledger` reads."""
+        lanes = self.data.feed.num_lanes
+        return {"samples": progress.samples, "samples_per_step": self.samples_per_step, "num_lanes": lanes}
 
     def facts(self, progress: object) -> dict[str, Any]:
         """What a checkpoint says of itself besides its tensors. Collective where data are streamed."""
