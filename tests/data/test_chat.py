@@ -195,6 +195,8 @@ def test_keys_that_hold_nothing_are_as_if_they_were_not_there(tmp_path):
     expected = encode(tmp_path, shapes.LLAMA31, [user("Hi"), assistant("Hello")])
     assert encode(tmp_path, shapes.LLAMA31, empty) == expected
     assert encode(tmp_path, shapes.LLAMA31, [user("Hi"), assistant("Hello", tool_calls=None)]) == expected
+    named = "{% for m in messages %}{{ (m.name + ': ' if 'name' in m else '') + m.content + eos_token }}{% endfor %}"
+    assert encode(tmp_path, named, empty) == "Hi</s>⟦Hello</s>⟧"
 
 
 def test_a_turn_that_opens_its_reasoning_as_the_prompt_does_counts_from_there(tmp_path):

@@ -185,6 +185,17 @@ def test_tokens_of_a_sentencepiece_vocabulary_keep_their_space(tmp_path):
     assert counted == ["▁Hello", "▁you", "▁", "</s>"]
 
 
+def test_white_space_that_ends_a_header_is_the_headers(tmp_path):
+    # The tokenizer's post-processor would shorten that token to nothing, at the place where the answer begins.
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    spec = chat_spec(tmp_path, template)
+    (encoded,) = spec.build().encode([line({"messages": [user("Hi"), assistant("<think>so</think>")]})])
+    assert marked(spec, encoded) == "user: Hi</s>assistant: ⟦<think>so</think></s>⟧"
+
+
 def test_a_token_counts_when_its_last_character_lies_in_a_span():
     #             header | answer            | next header
     offsets = np.array([[0, 4], [3, 6], [6, 8], [8, 8], [8, 10], [9, 12], [12, 12], [12, 14]])

@@ -236,6 +236,8 @@ def test_a_models_tokenizer_is_fetched_once(server, tmp_path, monkeypatch):
     num_requests = len(server.requests("/resolve/"))
     assert fetch_tokenizer("org/model", cache_dir=tmp_path) == folder
     assert len(server.requests("/resolve/")) == num_requests == 2
+    (tmp_path / "hub").rename(tmp_path / "gone")
+    assert fetch_tokenizer("org/model", cache_dir=tmp_path) == folder
     model.files["chat_template.jinja"] = b"{{ messages }}"
     newer = fetch_tokenizer("org/model", cache_dir=tmp_path)
     assert newer != folder and (newer / "chat_template.jinja").is_file()

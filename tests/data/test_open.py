@@ -94,8 +94,9 @@ def test_token_bins_refuse_another_tokenizer_and_streaming(tmp_path: Path) -> No
     open_dataset(DataConfig(dataset=bins, tokenizer=str(same)))
     with pytest.raises(DataError, match="tokenised with another tokenizer"):
         open_dataset(DataConfig(dataset=bins, tokenizer=str(words_tokenizer(tmp_path / "words"))))
-    with pytest.raises(DataError, match=r"--streaming=1.*holds tokens already"):
-        open_dataset(DataConfig(dataset=bins, streaming=True))
+    for setting in ({"streaming": True}, {"text_field": "content"}, {"malformed_rows": "skip"}, {"data_kind": "chat"}):
+        with pytest.raises(DataError, match=rf"--{next(iter(setting))}=.*holds tokens already"):
+            open_dataset(DataConfig(dataset=bins, **setting))  # type: ignore[arg-type]
 
 
 # --- conversations

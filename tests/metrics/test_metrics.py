@@ -44,7 +44,7 @@ def test_json_lines_survive_a_torn_end_and_a_restart(tmp_path: Path) -> None:
 def test_a_line_for_people() -> None:
     record = {
         "loss": 5.12341, "grad_norm": 1.2, "lr": 3e-4, "tokens_per_second": 12_300.0, "mfu": 0.412,
-        "memory_bytes": 2**30, "step_seconds": 2.0,
+        "memory_bytes": 2**30, "step_seconds": 2.0, "data_seconds": 0.0,
     }  # fmt: skip
     line = describe(10, 70, record)
     assert line == "step 10/70  loss 5.1234  norm 1.20  lr 3.0e-04  12.3k tok/s  mfu 41.2%  1.00 GiB  eta 2m00s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,16 @@ usage: hypershard VERB [flags]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb and return the process's exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP)
         return 0
@@ -51,8 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HypershardError as error:
         print(f"hypershard {verb}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     return code
 
 

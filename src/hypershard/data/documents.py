@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ..remote_files import open_file
 from ..storage import readable_errors
 from .formats import UNDERSTOOD, format_of
@@ -42,6 +42,14 @@ def read_documents(file: DataFile, *, columns: Sequence[str], part: Part, skip: 
     DataError: a damaged file (named with the line or row), another size than listed, a .txt that is not UTF-8, or a
     table with none of the columns. StorageError: a disk or bucket that refuses.
     """
+    try:
+        yield from _documents(file, columns=columns, part=part, skip=skip)
+    except UserError as error:
+        error.shared_by_all_ranks = False  # the others read other files
+        raise
+
+
+def _documents(file: DataFile, *, columns: Sequence[str], part: Part, skip: int) -> Iterator[RawDocument]:
     found = format_of(file.name)
     if found is None:
         raise DataError(f"--dataset: found {file.location}, a file of another kind; expected {UNDERSTOOD}")

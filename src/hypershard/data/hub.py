@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,9 @@ def list_dataset(name: str, *, cache_dir: Path) -> HubDataset:
     StorageError: the hub cannot be reached, and nothing is in the cache.
     """
     kept = _Kept("datasets", name, cache_dir, flag="--dataset")
-    with kept.lock():
-        found = kept.read()
-        if found is None or not found.is_fresh:
-            info = kept.ask(found)
-            if info is not None:
-                known = found.value if found and found.value["commit"] == info["sha"] else None
-                found = kept.write(known or _listing(kept.doing, info))
-        assert found is not None, "ask returns None only where there is something to go on with"
-    files = tuple(HubFileInfo(**file) for file in found.value["files"])
-    return HubDataset(name=found.value["name"], commit=found.value["commit"], files=files, readme=found.value["readme"])
+    value = kept.current(lambda info: _listing(kept.doing, info))
+    files = tuple(HubFileInfo(**file) for file in value["files"])
+    return HubDataset(name=value["name"], commit=value["commit"], files=files, readme=value["readme"])
 
 
 def _listing(doing: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -101,20 +94,12 @@ def fetch_tokenizer(name: str, *, cache_dir: Path) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise DataError(f"--tokenizer={name}: found nothing there; expected a path, or a model's name such as org/name")
     kept = _Kept("models", name, cache_dir, flag="--tokenizer")
-    with kept.lock():
-        found = kept.read()
-        if found is None or not found.is_fresh:
-            info = kept.ask(found)
-            if info is not None:
-                if found is None or found.value["commit"] != info["sha"]:
-                    _fetch_files(kept, info)
-                found = kept.write({"commit": info["sha"]})
-        assert found is not None, "ask returns None only where there is something to go on with"
-        return kept.folder / found.value["commit"]
+    commit: str = kept.current(lambda info: _fetch_files(kept, info))["commit"]
+    return kept.folder / commit
 
 
-def _fetch_files(kept: _Kept, info: dict[str, Any]) -> None:
-    """Its files into a folder named after the commit; that is believed once `kept.write` names it."""
+def _fetch_files(kept: _Kept, info: dict[str, Any]) -> dict[str, Any]:
+    """Its files into a folder named after the commit; that is believed once the cache names it."""
     name, commit = info["id"], info["sha"]
     there = {entry["rfilename"] for entry in info["siblings"]}
     if "tokenizer.json" not in there:
@@ -125,6 +110,7 @@ def _fetch_files(kept: _Kept, info: dict[str, Any]) -> None:
         if file in there:
             answer = hub_request(kept.doing, hub_url(f"hf://{name}@{commit}/{file}"), patience=Patience())
             write_bytes(folder / file, answer.content)
+    return {"commit": commit}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +136,28 @@ class _Kept:
         self.folder = cache_dir / "hub" / hub / kind / name.replace("/", "--")
         self._file = self.folder / "kept.json"
 
+    def current(self, make: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """What is known of the name: of the cache where that is right, else what `make` makes of the hub's description
+        (`id`, `sha`, `siblings`), which has the key "commit"."""
+        with self._lock():
+            found = self._read()
+            if found is not None and found.is_fresh:
+                return found.value
+            try:
+                info = self._ask(_PATIENCE_WITH_CACHE if found else Patience())
+            except (Offline, Unreachable) as error:
+                if found is None:
+                    raise self._nothing_kept(error) from error
+                asked_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.asked_at))
+                logger.warning("%s; going on with what the hub said on %s", error, asked_at)
+                return found.value
+            is_same = found is not None and found.value["commit"] == info["sha"]
+            value = found.value if found is not None and is_same else make(info)
+            write_json(self._file, dataclasses.asdict(_Found(value=value, asked_at=time.time())))
+            return value
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         """One process of a node at a time; the others find what it wrote."""
         make_directory(self.folder)
         path = self.folder / ".lock"
@@ -162,38 +168,28 @@ class _Kept:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def read(self) -> _Found | None:
+    def _read(self) -> _Found | None:
         """None: nothing, or what a program of another version wrote."""
         try:
-            value = read_json(self._file)
-            return _Found(value=value["value"], asked_at=float(value["asked_at"]))
+            kept = read_json(self._file)
+            found = _Found(value=kept["value"], asked_at=float(kept["asked_at"]))
+            return found if "commit" in found.value else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, value: dict[str, Any]) -> _Found:
-        found = _Found(value=value, asked_at=time.time())
-        write_json(self._file, dataclasses.asdict(found))
-        return found
-
-    def ask(self, found: _Found | None) -> dict[str, Any] | None:
-        """The hub's description of the name (`id`, `sha`, `siblings`); None: it cannot be had, and `found` will do."""
-        try:
-            answer = hub_request(self.doing, self._url, patience=_PATIENCE_WITH_CACHE if found else Patience())
-        except (Offline, Unreachable) as error:
-            if found is None:
-                raise type(error)(
-                    f"{error}; nothing is in the cache ({self.folder}): run once where there is a network with the "
-                    "same --cache_dir, or give a local path (`hf download` fetches one)",
-                    shared_by_all_ranks=False,
-                ) from error
-            asked_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.asked_at))
-            logger.warning("%s; going on with what the hub said on %s", error, asked_at)
-            return None
-        info = _json(answer, self.doing)
+    def _ask(self, patience: Patience) -> dict[str, Any]:
+        info = _json(hub_request(self.doing, self._url, patience=patience), self.doing)
         # The commit becomes the name of a folder, and what comes from outside is not to choose where that is.
         if not isinstance(info, dict) or not re.fullmatch(r"[0-9a-f]{7,64}", str(info.get("sha"))) or "id" not in info:
             raise DataError(f"{self.doing}: {hub_endpoint()} answered {str(info)[:100]}; expected id and sha")
         return info
+
+    def _nothing_kept(self, error: Offline | Unreachable) -> Exception:
+        return type(error)(
+            f"{error}; nothing is in the cache ({self.folder}): run once where there is a network with the same "
+            "--cache_dir, or give a local path (`hf download` fetches one)",
+            shared_by_all_ranks=False,
+        )
 
 
 def _json(answer: Any, doing: str) -> Any:

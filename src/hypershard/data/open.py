@@ -29,6 +29,16 @@ from .tokenizer import TextTokenizer, load_tokenizer
 EMBEDDED = "embedded"
 # 1% of the embedded corpus would be some twenty short sequences: too few for a steady validation loss.
 EMBEDDED_VAL_SHARE = 0.05
+_DEFAULTS = vars(DataConfig())
+_TEXT_SETTINGS = (
+    "dataset_config_name",
+    "data_kind",
+    "text_field",
+    "messages_field",
+    "chat_template",
+    "malformed_rows",
+    "streaming",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +105,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     With several processes on a node call `prepare_dataset` on one of them first and wait for it.
     DataError: unknown kind, missing, truncated or empty files, tokenizers that do not fit each other or the data.
     """
-    named = [(data.dataset, None)] if Path(data.dataset).exists() else parse_dataset(data.dataset)
-    members = tuple(_open_member(name, weight, data) for name, weight in named)
+    members = tuple(_open_member(name, weight, data) for name, weight in _named(data))
     first = members[0].val
     for member in members[1:]:
         if (member.val.vocab_size, member.val.eos_token_id) != (first.vocab_size, first.eos_token_id):
@@ -124,21 +133,36 @@ def prepare_dataset(data: DataConfig) -> None:
 def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:
     folder = _bins_folder(name)
     if folder is not None:
-        if data.streaming:
-            raise DataError(f"--streaming=1: --dataset={name} holds tokens already; drop the flag")
+        _refuse_settings_of_text(name, data)
         train, val = open_bins(folder, data.tokenizer)
         has_targets = train.targets(0, 1) is not None
         return Member(name=name, weight=weight, train=train, val=val, is_chat=has_targets)
     text = resolve_text(name, data)
     is_chat = text.encoder.has_targets
     if _is_streamed(text, data):
-        val: TokenSource = hold_out(_held_out(text), _cache_dir(data), malformed_rows=data.malformed_rows)
-        return Member(name=name, weight=weight, train=text, val=val, is_chat=False)
+        held = hold_out(_held_out(text), _cache_dir(data), malformed_rows=data.malformed_rows)
+        return Member(name=name, weight=weight, train=text, val=held, is_chat=False)
     bins = prepare_text(
         text.files, _cache_dir(data), text.encoder, val_share=text.val_share, malformed_rows=data.malformed_rows
     )
     train, val = open_token_bins(bins)
     return Member(name=name, weight=weight, train=train, val=val, is_chat=is_chat)
+
+
+def _refuse_settings_of_text(name: str, data: DataConfig) -> None:
+    """Raises DataError for a setting that says how text becomes tokens, where every name means tokens."""
+    if len(_named(data)) > 1:  # another of them may be text
+        return
+    for setting in _TEXT_SETTINGS:
+        if getattr(data, setting) != _DEFAULTS[setting]:
+            raise DataError(
+                f"--{setting}={getattr(data, setting)}: --dataset={name} holds tokens already, which this cannot "
+                f"change; drop the flag"
+            )
+
+
+def _named(data: DataConfig) -> list[tuple[str, Fraction | None]]:
+    return [(data.dataset, None)] if Path(data.dataset).exists() else parse_dataset(data.dataset)
 
 
 def resolve_text(name: str, data: DataConfig) -> Text:

@@ -159,7 +159,8 @@ class Lane:
 
     def _blocks(self, start: Cursor) -> Iterator[tuple[Cursor, list[list[RawDocument]]]]:
         """The rest of an epoch in blocks of `window` documents, each with the cursor of its beginning."""
-        begin, held = start, []
+        begin = start
+        held: list[list[RawDocument]] = []
         for place, number, pieces in self._read(start):
             if not held:
                 begin = Cursor(epoch=start.epoch, part=place, document=number)

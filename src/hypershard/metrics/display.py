@@ -9,6 +9,8 @@ from typing import Any
 
 from ..units import format_bytes, format_count, format_seconds
 
+_DATA_SHARE_SHOWN = 0.05  # of a step's time; below it nobody need care
+
 
 class Display:
     """A sink for eyes. On a terminal one line is rewritten in place; elsewhere at most one line a second is printed."""
@@ -68,6 +70,8 @@ def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
     parts.append(f"{format_count(record['tokens_per_second'])} tok/s")
     if record["mfu"] is not None:
         parts.append(f"mfu {record['mfu']:.1%}")
+    if record["data_seconds"] > _DATA_SHARE_SHOWN * record["step_seconds"]:
+        parts.append(f"waits for data {record['data_seconds'] / record['step_seconds']:.0%}")
     parts += [
         format_bytes(record["memory_bytes"]),
         f"eta {format_seconds((last_step - step) * record['step_seconds'])}",

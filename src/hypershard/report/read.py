@@ -15,6 +15,8 @@ from ..metrics.sinks import read_json_lines
 class RunSummary:
     """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first.
 
+    `data_share`: of the time in steps, what rank 0 waited for its batches; `padding`: mean share of its inputs that
+    only fill up rows.
     `alarms`: what went wrong beside the training, with its time in seconds since 1970.
     """
 
@@ -27,6 +29,8 @@ class RunSummary:
     tokens_per_second: float
     mfu: float | None
     memory_bytes: int
+    data_share: float
+    padding: float
     checkpoint_steps: tuple[int, ...]
     alarms: tuple[tuple[float, str], ...]
 
@@ -50,6 +54,8 @@ def read_run(run_dir: Path) -> RunSummary:
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in steady),
         mfu=statistics.median(utilisations) if utilisations else None,
         memory_bytes=max(record["memory_bytes"] for record in training),
+        data_share=sum(record["data_seconds"] for record in steady) / sum(record["step_seconds"] for record in steady),
+        padding=statistics.fmean(record["padding"] for record in steady),
         checkpoint_steps=_checkpoint_steps(run_dir),
         alarms=_alarms(run_dir),
     )

@@ -28,6 +28,7 @@ def render(run: RunSummary) -> str:
         f"in {format_seconds(run.seconds)}"
     )
     lines.append(f"memory     {format_bytes(run.memory_bytes)} at most on rank 0")
+    lines.append(f"data       {run.data_share:.1%} of the steps' time waited for it, {run.padding:.1%} padding")
     steps = ", ".join(map(str, run.checkpoint_steps)) or "none"
     lines.append(f"checkpoint steps {steps}")
     for at, text in run.alarms[-_ALARMS_SHOWN:]:

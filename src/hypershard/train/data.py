@@ -14,11 +14,14 @@ from ..data.loader import Loader, Share, validation_batches
 from ..data.open import Dataset, open_dataset, prepare_dataset
 from ..data.packing import Batch
 from ..data.sequences import packing_of, training_sources, validation_sources
+from ..data.stream import StreamSpec
 from ..distributed.collectives import barrier, gather_objects
 from ..distributed.env import Ranks
 from ..distributed.process_group import World
+from ..errors import ConfigError
 from .refuse import refuse_unequal_ranks
 
+_DEFAULTS = DataConfig()
 _MOST_WORKERS = 4  # of one rank; a worker tokenises some hundred thousand tokens a second, a GPU trains on fewer
 
 
@@ -64,6 +67,7 @@ def build_data(
     """This rank's share of the data. DataError, ConfigError: what packing, mixing or the sizes do not allow."""
     data, ranks = config.data, world.ranks
     sources = training_sources(dataset, data, context_tokens=context_tokens)
+    _refuse_idle_stream_settings(data, is_stream=any(isinstance(source.rows, StreamSpec) for source in sources))
     share = Share(rank=ranks.rank, world_size=world.size, batch_size=data.train_batch_size)
     feed = Feed(
         sources,
@@ -100,6 +104,16 @@ def build_data(
             "shuffle_window": data.shuffle_window if feed.is_stream else None,
         },
     )
+
+
+def _refuse_idle_stream_settings(data: DataConfig, *, is_stream: bool) -> None:
+    """Raises ConfigError for settings of streams that nothing here could act on."""
+    for name in () if is_stream else ("shuffle_window", "num_workers"):
+        if getattr(data, name) != getattr(_DEFAULTS, name):
+            raise ConfigError(
+                f"--{name}={getattr(data, name)} acts only on a stream, and --dataset={data.dataset} is read as token "
+                f"bins, wholly shuffled; drop the flag or set --streaming=1"
+            )
 
 
 def _num_workers(data: DataConfig, ranks: Ranks) -> int:
