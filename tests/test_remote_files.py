@@ -134,6 +134,7 @@ def test_a_listing_is_sorted_whole_and_changes_with_the_content(bucket, proxy):
         f"s3://{BUCKET}/listing"
     ]
     assert list_files(f"s3://{BUCKET}/nothing", patience=QUICK) == []
+    assert {file.location for file in found} <= {file.location for file in list_files(f"s3://{BUCKET}")}
     with pytest.raises(DataError, match="no such object or bucket"):
         list_files("s3://no-such-bucket/x", patience=QUICK)
 

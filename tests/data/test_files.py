@@ -258,6 +258,9 @@ def test_a_readme_without_configurations_says_nothing(tmp_path, readme):
     [
         ("data/*", "data/a.b", True),
         ("data/*", "data2/a", False),
+        ("data/*", "data/deep/a", False),
+        ("data/", "data/deep/a", True),
+        ("data", "data2/a", False),
         ("*.json", "deep/a.json", False),
         ("**/*.json", "a.json", True),
         ("**/*.json", "x/y/a.json", True),

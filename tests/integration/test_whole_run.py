@@ -66,6 +66,7 @@ def test_metrics_have_their_keys_and_the_loss_falls(run_dir: Path) -> None:
     training = [record for record in records if "loss" in record]
     assert [record["step"] for record in training] == list(range(3, 31, 3))
     wanted = {"step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "mfu", "memory_bytes"}
+    wanted |= {"data_seconds", "padding"}
     assert all(wanted <= set(record) for record in training)
     assert training[-1]["tokens"] == 30 * 2 * 8 * 64
     assert training[-1]["loss"] < training[0]["loss"] - 0.5

@@ -110,6 +110,7 @@ def _below(folder: str, glob: str) -> str:
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
     """The paths that a card's glob means: `*` and `?` stay inside a folder, `**` does not; a folder means all in it."""
+    inside = "" if set(glob) & set("*?[") else "(?:/.*)?"
     pattern = ""
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[!?[^]/]+\]|.", glob.rstrip("/"), re.DOTALL):
         special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
@@ -119,4 +120,4 @@ def glob_pattern(glob: str) -> re.Pattern[str]:
             pattern += token.replace("[!", "[^", 1)
         else:
             pattern += re.escape(token)
-    return re.compile(f"{pattern}(?:/.*)?", re.DOTALL)
+    return re.compile(pattern + inside, re.DOTALL)

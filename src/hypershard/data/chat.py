@@ -201,6 +201,8 @@ def _compile(template: ChatTemplate) -> None:
             _render(text, messages=[], tools=None, variables={}, prompt=False, marked=False)
         except TemplateSyntaxError as error:
             raise DataError(f"--chat_template: {template.source} is no valid template: {error}") from error
+        except ImportError:  # jinja2 is missing or too old for the sandbox
+            raise
         except Exception:  # only its grammar is looked at; it may well refuse to write no messages
             continue
 

@@ -30,7 +30,7 @@ def read_conversation(row: Mapping[str, Any], *, messages_field: str, tools_fiel
         row = without_nulls(row)
     messages = row.get(messages_field)
     if not isinstance(messages, list):
-        found = f"{type(messages).__name__} under {messages_field!r}" if messages_field in row else _keys(row)
+        found = f"{type(messages).__name__} under {messages_field!r}" if messages_field in row else keys_of(row)
         raise Refused(f"found {found}; expected a list of messages under {messages_field!r}; --messages_field names it")
     if not messages:
         raise Refused(f"found no messages under {messages_field!r}; expected at least one of the assistant's")
@@ -67,7 +67,7 @@ def _message(message: Any, *, where: str) -> dict[str, Any]:
         raise Refused(f'{where}: found {type(message).__name__}; expected {{"role": …, "content": …}}')
     role = message.get("role")
     if role not in ROLES:
-        found = f"the role {role!r}" if "role" in message else _keys(message)
+        found = f"the role {role!r}" if "role" in message else keys_of(message)
         raise Refused(f"{where}: found {found}; expected 'role' to be one of {', '.join(ROLES)}")
     # Templates ask whether a key is there, so one that holds nothing must not be.
     read = {key: value for key, value in message.items() if value is not None}
@@ -163,5 +163,6 @@ def _tools(tools: Any, tools_field: str) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _keys(row: Mapping[str, Any]) -> str:
+def keys_of(row: Mapping[str, Any]) -> str:
+    """What a row holds, for messages about what it does not."""
     return f"keys {', '.join(map(repr, row))}" if row else "no keys"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .chat import ChatRenderer, Rendered, Spans
-from .chat_messages import Refused, read_conversation
+from .chat_messages import Refused, keys_of, read_conversation
 from .chat_template import ChatTemplate, read_chat_template
 from .records import Encoded, Encoder, Malformed, RawDocument
 from .tokenizer import TextTokenizer, load_tokenizer
@@ -117,7 +117,7 @@ def guess_kind(document: RawDocument, *, messages_field: str, text_field: str) -
 
 
 def _row(document: RawDocument, *, example: str) -> Mapping[str, Any]:
-    """The fields of a JSON line or a table's row. `example` is what a good line looks like. Refused: see below."""
+    """The fields of a JSON line or a table's row; `example` is what a good line looks like. Refused: it has none."""
     content = document.content
     if isinstance(content, Mapping):
         return content
@@ -179,12 +179,8 @@ def _text_of(document: RawDocument, text_field: str) -> str:
     text = row.get(text_field)
     if isinstance(text, str):
         return text
-    found = f"{type(text).__name__} under {text_field!r}" if text_field in row else _keys(row)
+    found = f"{type(text).__name__} under {text_field!r}" if text_field in row else keys_of(row)
     raise Refused(f"found {found}; expected text under {text_field!r}; --text_field names the key")
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    return f"keys {', '.join(map(repr, row))}" if row else "no keys"
 
 
 class _ChatEncoder:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from ..errors import DataError
 from ..log import logger
-from ..remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_request, hub_url
+from ..remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
 from ..storage import make_directory, read_json, readable_errors, write_bytes, write_json
 
 # "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
@@ -132,7 +132,7 @@ class _Kept:
         self.doing = f"{flag}={name}: no file or folder here has this name; asking the hub for it"
         repository, _, revision = name.partition("@")
         self._url = f"{hub_endpoint()}/api/{kind}/{repository}/revision/{quote(revision or 'main', safe='')}"
-        hub = re.sub(r"[^\w.-]", "_", hub_endpoint().split("://")[-1])
+        hub = re.sub(r"[^\w.-]", "_", hub_host())
         self.folder = cache_dir / "hub" / hub / kind / name.replace("/", "--")
         self._file = self.folder / "kept.json"
 
@@ -181,13 +181,13 @@ class _Kept:
         info = _json(hub_request(self.doing, self._url, patience=patience), self.doing)
         # The commit becomes the name of a folder, and what comes from outside is not to choose where that is.
         if not isinstance(info, dict) or not re.fullmatch(r"[0-9a-f]{7,64}", str(info.get("sha"))) or "id" not in info:
-            raise DataError(f"{self.doing}: {hub_endpoint()} answered {str(info)[:100]}; expected id and sha")
+            raise DataError(f"{self.doing}: {hub_host()} answered {str(info)[:100]}; expected id and sha")
         return info
 
     def _nothing_kept(self, error: Offline | Unreachable) -> Exception:
         return type(error)(
             f"{error}; nothing is in the cache ({self.folder}): run once where there is a network with the same "
-            "--cache_dir, or give a local path (`hf download` fetches one)",
+            "--cache_dir, or give a local path",
             shared_by_all_ranks=False,
         )
 
@@ -198,4 +198,4 @@ def _json(answer: Any, doing: str) -> Any:
         return answer.json()
     except ValueError as error:
         found = answer.headers.get("content-type", "something")
-        raise DataError(f"{doing}: {hub_endpoint()} answered {found}; expected JSON (is this a hub?)") from error
+        raise DataError(f"{doing}: {hub_host()} answered {found}; expected JSON (is this a hub?)") from error

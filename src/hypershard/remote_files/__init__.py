@@ -3,6 +3,7 @@
 from .hub import NotThere as NotThere
 from .hub import Offline as Offline
 from .hub import hub_endpoint as hub_endpoint
+from .hub import hub_host as hub_host
 from .hub import hub_request as hub_request
 from .hub import hub_url as hub_url
 from .opened import open_file as open_file

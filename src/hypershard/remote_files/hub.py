@@ -34,18 +34,27 @@ def hub_endpoint() -> str:
     return str(_library().constants.ENDPOINT)
 
 
+def hub_host() -> str:
+    """The hub as messages and caches name it: without what an address may hold of a password."""
+    return hub_endpoint().split("://")[-1].rsplit("@", 1)[-1]
+
+
+def _is_of_hub(url: str) -> bool:
+    one, hub = urlsplit(url), urlsplit(hub_endpoint())
+    return (one.scheme, one.hostname, one.port) == (hub.scheme, hub.hostname, hub.port)
+
+
 def hub_request(doing: str, url: str, *, patience: Patience, headers: dict[str, str] | None = None) -> Any:
     """The hub's answer to a GET (an httpx response), redirects followed.
 
     `doing` begins the message of every error: Offline, NotThere, Unreachable, or DataError for what it refuses.
     """
     library = _library()
-    host = urlsplit(url).netloc
+    host = urlsplit(url).netloc.rsplit("@", 1)[-1]
 
     def attempt() -> Any:
-        is_of_hub = host == urlsplit(hub_endpoint()).netloc
         # Signed addresses of other hosts need no token and are not to have it.
-        own = library.utils.build_hf_headers(library_name="hypershard") if is_of_hub else {}
+        own = library.utils.build_hf_headers(library_name="hypershard") if _is_of_hub(url) else {}
         # To connect, to read, to write, to get a connection of the pool.
         timeout = (patience.connect_seconds, patience.read_seconds, patience.read_seconds, None)
         try:
@@ -64,7 +73,9 @@ def hub_request(doing: str, url: str, *, patience: Patience, headers: dict[str, 
         return answer
 
     if library.constants.is_offline_mode():
-        raise Offline(f"{doing}: HF_HUB_OFFLINE is set; unset it where there is a network")
+        raise Offline(
+            f"{doing}: HF_HUB_OFFLINE is set; unset it where there is a network, or fetch it there by `hf download`"
+        )
     return insist(doing, attempt, patience)
 
 
@@ -96,13 +107,13 @@ def _refusal(doing: str, answer: Any, *, has_token: bool) -> DataError:
     token = "the token in use (HF_TOKEN) has no access" if has_token else "no token is in use"
     if code == "GatedRepo":
         return DataError(
-            f"{doing}: it is gated, and {token}; accept its terms on its page on {hub_endpoint()}, and set HF_TOKEN to "
+            f"{doing}: it is gated, and {token}; accept its terms on its page on {hub_host()}, and set HF_TOKEN to "
             "a token of that account"
         )
     if code in ("RevisionNotFound", "EntryNotFound"):
         return NotThere(f"{doing}: the hub has the name, but not this revision or file ({code})")
     if status in (401, 404):  # 401 is the answer for any name that is not there, when no token is given
-        return NotThere(f"{doing}: {hub_endpoint()} has no such name, or it is private and {token}; check the name")
+        return NotThere(f"{doing}: {hub_host()} has no such name, or it is private and {token}; check the name")
     if status == 403:
         return DataError(f"{doing}: access is refused (403), and {token}; check its terms and HF_TOKEN")
     return DataError(f"{doing}: the hub answered {status} {answer.headers.get('x-error-message', '')[:200]}".rstrip())
@@ -173,6 +184,6 @@ class HubFile:
             except DataError:  # it has run out
                 self._signed_url = None
         answer = hub_request(self._doing(start), self._url, patience=self._patience, headers=headers)
-        if answer.url.host != urlsplit(hub_endpoint()).hostname:
+        if not _is_of_hub(str(answer.url)):
             self._signed_url = str(answer.url)
         return answer
