@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hypershard"
 LAYERS = {
     "errors": 1, "units": 1, "log": 1,
-    "storage": 2, "s3": 2,
+    "storage": 2, "s3": 2, "remote_files": 2,
     "catalog": 3,
     "config": 4,
     "models": 5,
@@ -29,6 +29,14 @@ HEAVY = {
     "safetensors",
     "tensorboard",
     "rich",
+    "pyarrow",
+    "s3fs",
+    "fsspec",
+    "huggingface_hub",
+    "zstandard",
+    "jinja2",
+    "matplotlib",
+    "datasets",
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -66,9 +66,9 @@ def test_the_stand_in_speaks_as_the_library_expects(server, tmp_path):
         if hasattr(entry, "size")  # folders have none
     ]
     assert listed == [(file.path, file.size_bytes, file.version) for file in found.files]
-    assert api.dataset_info("org/set").sha == found.commit
+    assert api.dataset_info("org/set", revision="main").sha == found.commit
     with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
-        api.dataset_info("org/none")
+        api.dataset_info("org/none", revision="main")
 
 
 def test_the_same_commit_is_not_listed_again_and_a_new_one_is(server, tmp_path):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from data_texts import documents, names_in, write_jsonl
+from prepared import listed, spec_of
 
-from hypershard.data import text as text_file
 from hypershard.data.text import prepare_text
-from hypershard.data.token_bins import open_token_bins
+from hypershard.data.token_bins import open_token_bins, verify
 from hypershard.errors import DataError
 
 
@@ -16,61 +19,89 @@ def corpus(tmp_path):
     return write_jsonl(tmp_path / "a.jsonl", documents())
 
 
-def cached(corpus, tmp_path, tokenizer, text_field="text"):
-    return prepare_text([corpus], tmp_path / "cache", tokenizer, text_field=text_field)
+def cached(corpus, tmp_path, *, text_field="text", val_share=0.01, malformed_rows="refuse"):
+    return prepare_text(
+        listed(corpus), tmp_path / "cache", spec_of(text_field), val_share=val_share, malformed_rows=malformed_rows
+    )
 
 
-def test_text_is_tokenised_once(corpus, tmp_path, tokenizer, monkeypatch):
-    folder = cached(corpus, tmp_path, tokenizer)
-    monkeypatch.setattr(text_file, "prepare", lambda *args, **kwargs: pytest.fail("tokenised again"))
-    assert cached(corpus, tmp_path, tokenizer) == folder
+def test_text_is_tokenised_once(corpus, tmp_path):
+    folder = cached(corpus, tmp_path)
+    written_at = (folder / "train.bin").stat().st_mtime_ns
+    assert cached(corpus, tmp_path) == folder
+    assert (folder / "train.bin").stat().st_mtime_ns == written_at
     assert names_in(tmp_path / "cache") == [folder.name]
+    assert cached(corpus, tmp_path, val_share=0.5) != folder
 
 
-def test_a_changed_file_is_tokenised_again_and_its_fingerprint_changes(corpus, tmp_path, tokenizer):
-    before = cached(corpus, tmp_path, tokenizer)
+def test_a_changed_file_is_tokenised_again_and_its_fingerprint_changes(corpus, tmp_path):
+    before = cached(corpus, tmp_path)
     changed = documents()
     changed[0] = changed[0].replace(changed[0][0], "#", 1)
     size_bytes = corpus.stat().st_size
     write_jsonl(corpus, changed)
     os.utime(corpus, ns=(0, corpus.stat().st_mtime_ns + 1))  # clocks of file systems may be coarse
     assert corpus.stat().st_size == size_bytes
-    after = cached(corpus, tmp_path, tokenizer)
+    after = cached(corpus, tmp_path)
     assert after != before
     assert open_token_bins(after)[0].fingerprint != open_token_bins(before)[0].fingerprint
 
 
-def test_a_touched_file_keeps_its_fingerprint(corpus, tmp_path, tokenizer):
-    before = open_token_bins(cached(corpus, tmp_path, tokenizer))[0].fingerprint
+def test_a_touched_file_keeps_its_fingerprint(corpus, tmp_path):
+    before = open_token_bins(cached(corpus, tmp_path))[0].fingerprint
     os.utime(corpus, ns=(0, 1))
-    assert open_token_bins(cached(corpus, tmp_path, tokenizer))[0].fingerprint == before
+    assert open_token_bins(cached(corpus, tmp_path))[0].fingerprint == before
 
 
-def test_another_text_field_is_another_folder(corpus, tmp_path, tokenizer):
-    cached(corpus, tmp_path, tokenizer)
+def test_another_text_field_is_another_folder(corpus, tmp_path):
+    cached(corpus, tmp_path)
     with pytest.raises(DataError, match="--text_field"):
-        cached(corpus, tmp_path, tokenizer, text_field="content")
+        cached(corpus, tmp_path, text_field="content")
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused(corpus, tmp_path, tokenizer, monkeypatch):
-    really_prepare = text_file.prepare
-
-    def prepare_and_grow(*args, **kwargs):
-        really_prepare(*args, **kwargs)
-        with open(corpus, "a") as file:
-            file.write('{"text": "more"}\n')
-
-    monkeypatch.setattr(text_file, "prepare", prepare_and_grow)
-    with pytest.raises(DataError, match="changed while they were read"):
-        cached(corpus, tmp_path, tokenizer)
+def test_a_file_that_changed_since_it_was_listed_is_refused(corpus, tmp_path):
+    files = listed(corpus)
+    with open(corpus, "a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: found|changed while it was read"):
+        prepare_text(files, tmp_path / "cache", spec_of(), val_share=0.01, malformed_rows="refuse")
+    assert not any(name for name in names_in(tmp_path / "cache") if not name.startswith("."))
 
 
-def test_being_overtaken_by_another_node_is_fine(corpus, tmp_path, tokenizer, monkeypatch):
-    really_prepare = text_file.prepare
+def test_rows_left_out_by_an_earlier_run_are_not_hidden(corpus, tmp_path):
+    with open(corpus, "a") as file:
+        file.write("{cut\n")
+    cached(corpus, tmp_path, malformed_rows="skip")
+    with pytest.raises(DataError, match="1 malformed rows were left out.*--malformed_rows=skip"):
+        cached(corpus, tmp_path)
 
-    def prepare_twice(*args, **kwargs):
-        really_prepare(*args, **kwargs)  # the other node
-        return really_prepare(*args, **kwargs)
 
-    monkeypatch.setattr(text_file, "prepare", prepare_twice)
-    open_token_bins(cached(corpus, tmp_path, tokenizer))
+_PREPARE_TEXT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from hypershard.data import encoding_pool, prepare as p
+from hypershard.data.text import prepare_text
+from hypershard.log import setup_logging
+from prepared import listed, spec_of
+
+setup_logging()
+encoding_pool.BATCH_DOCUMENTS = 10
+def slow(*, every_seconds=5.0):
+    print("started", flush=True)  # while the other one may begin
+    return lambda done: time.sleep(0.05)
+sys.modules["hypershard.data.text"].log_progress = slow
+print(prepare_text(listed(Path(sys.argv[2])), Path(sys.argv[3]), spec_of(), val_share=0.01, malformed_rows="refuse"))
+"""
+
+
+def test_two_processes_that_want_the_same_do_it_once(corpus, tmp_path):
+    command = [sys.executable, "-c", _PREPARE_TEXT, str(Path(__file__).parent), str(corpus), str(tmp_path / "cache")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    folders = {Path(out.splitlines()[-1]) for out, _ in outputs}
+    assert len(folders) == 1 and names_in(tmp_path / "cache") == [folders.pop().name]
+    assert sorted("waiting for it" in error for _, error in outputs) == [False, True]
+    assert verify(tmp_path / "cache" / names_in(tmp_path / "cache")[0]) == []
