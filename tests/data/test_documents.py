@@ -174,6 +174,10 @@ def test_packed_files_one_behind_the_other_are_one(tmp_path):
         path = tmp_path / f"a.jsonl{packing}"
         path.write_bytes(PACK[packing](b"1\n2") + PACK[packing](b"3\n4\n"))
         assert [one.content for one in read(listed(path))] == [b"1\n", b"23\n", b"4\n"]
+    # Parallel programs put frames to be skipped between those with content.
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    path.write_bytes(skipped + PACK[".zst"](b"1\n") + skipped + PACK[".zst"](b"2\n") + skipped)
+    assert [one.content for one in read(listed(path))] == [b"1\n", b"2\n"]
 
 
 def test_damaged_columns_of_parquet_are_named_with_the_row(tmp_path):

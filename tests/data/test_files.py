@@ -289,3 +289,13 @@ def test_s3_is_listed_as_a_folder_is(tmp_path, s3_server):
     assert json.loads(document.content)["text"] == "en train.00000-of-00002"
     with pytest.raises(DataError, match=r"--dataset=s3://.*found nothing; expected files that end in"):
         find(f"s3://{BUCKET}/nothing")
+    with pytest.raises(DataError, match=r"--dataset=s3://no-such-bucket/x: .*no such object or bucket"):
+        find("s3://no-such-bucket/x")
+
+
+def test_a_name_that_is_nothing_here_is_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"--dataset=text/none: no file or folder here has this name.*HF_HUB_OFFLINE"):
+        find_files("text/none", dataset_config_name=None, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"--dataset=\.\./none: found nothing there"):
+        find_files("../none", dataset_config_name=None, cache_dir=tmp_path / "cache")

@@ -63,13 +63,14 @@ def test_a_folder_of_token_bins_is_none_even_without_its_meta(tmp_path):
 
 def test_the_fingerprint_follows_the_data_and_not_the_place(folder, tmp_path):
     train, val = open_nanogpt(folder, None)
+    before = train.fingerprint
     shutil.copytree(folder, tmp_path / "copy")
     os.utime(tmp_path / "copy" / "train.bin", ns=(0, 1))
-    assert open_nanogpt(tmp_path / "copy", None)[0].fingerprint == train.fingerprint != val.fingerprint
+    assert open_nanogpt(tmp_path / "copy", None)[0].fingerprint == before != val.fingerprint
     tokens = np.fromfile(folder / "train.bin", dtype="<u2")
     tokens[2000] ^= 1
     tokens.tofile(folder / "train.bin")
-    assert open_nanogpt(folder, None)[0].fingerprint != train.fingerprint
+    assert open_nanogpt(folder, None)[0].fingerprint != before
 
 
 def test_the_ends_of_a_large_file_are_in_its_fingerprint(folder):
@@ -151,7 +152,7 @@ def test_a_pickle_too_large_is_refused(folder):
 
 
 def test_a_tokenizer_can_only_agree(folder):
-    with pytest.raises(DataError, match="found 4096 ids.*has 50257"):
+    with pytest.raises(DataError, match=r"found 4096 ids.*has 50257"):
         open_nanogpt(folder, str(TOKENIZER_PATH))
     write_characters(folder, vocab_size=4096)
     assert open_nanogpt(folder, str(TOKENIZER_PATH))[0].tokenizer_path == TOKENIZER_PATH

@@ -72,7 +72,7 @@ def test_rows_left_out_by_an_earlier_run_are_not_hidden(corpus, tmp_path):
     with open(corpus, "a") as file:
         file.write("{cut\n")
     cached(corpus, tmp_path, malformed_rows="skip")
-    with pytest.raises(DataError, match="1 malformed rows were left out.*--malformed_rows=skip"):
+    with pytest.raises(DataError, match=r"1 malformed rows were left out.*--malformed_rows=skip"):
         cached(corpus, tmp_path)
 
 
@@ -80,28 +80,33 @@ _PREPARE_TEXT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from hypershard.data import encoding_pool, prepare as p
-from hypershard.data.text import prepare_text
+from hypershard.data import text
 from hypershard.log import setup_logging
 from prepared import listed, spec_of
 
+def wait_for_the_other(done):
+    print("reading", flush=True)
+    while not Path(sys.argv[4]).exists():
+        time.sleep(0.01)
+
 setup_logging()
-encoding_pool.BATCH_DOCUMENTS = 10
-def slow(*, every_seconds=5.0):
-    print("started", flush=True)  # while the other one may begin
-    return lambda done: time.sleep(0.05)
-sys.modules["hypershard.data.text"].log_progress = slow
-print(prepare_text(listed(Path(sys.argv[2])), Path(sys.argv[3]), spec_of(), val_share=0.01, malformed_rows="refuse"))
+text.log_progress = lambda: wait_for_the_other
+files, cache_dir = listed(Path(sys.argv[2])), Path(sys.argv[3])
+print(text.prepare_text(files, cache_dir, spec_of(), val_share=0.01, malformed_rows="refuse"))
 """
 
 
-def test_two_processes_that_want_the_same_do_it_once(corpus, tmp_path):
-    command = [sys.executable, "-c", _PREPARE_TEXT, str(Path(__file__).parent), str(corpus), str(tmp_path / "cache")]
+def test_of_two_processes_that_want_the_same_one_waits(corpus, tmp_path):
+    arguments = [Path(__file__).parent, corpus, tmp_path / "cache", tmp_path / "go"]
+    command = [sys.executable, "-c", _PREPARE_TEXT, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    folders = {Path(out.splitlines()[-1]) for out, _ in outputs}
-    assert len(folders) == 1 and names_in(tmp_path / "cache") == [folders.pop().name]
-    assert sorted("waiting for it" in error for _, error in outputs) == [False, True]
-    assert verify(tmp_path / "cache" / names_in(tmp_path / "cache")[0]) == []
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == "reading\n"
+        with subprocess.Popen(command, **pipes) as second:
+            assert "tokenising" in second.stderr.readline()
+            assert "waiting for it" in second.stderr.readline()
+            (tmp_path / "go").touch()
+            folder = first.communicate(timeout=30)[0].splitlines()[-1]
+            assert second.communicate(timeout=30)[0].splitlines() == [folder]  # which read nothing
+    assert names_in(tmp_path / "cache") == [Path(folder).name]
+    assert verify(Path(folder)) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.jobs import a_job, config_of, tiny
 from tests.rank_pool import RankPool
 
-from hypershard.data.open import prepare_dataset
+from hypershard.data.open import open_dataset
 from hypershard.distributed.process_group import World
 from hypershard.errors import ConfigError
 
@@ -31,7 +31,9 @@ def test_ranks_with_other_data_under_the_same_name_are_refused(
     pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path
 ) -> None:
     """As on two nodes whose local copies are not the same."""
-    bins = prepare_dataset(config_of("", cache_dir=cache_dir).data)
+    (member,) = open_dataset(config_of("", cache_dir=cache_dir).data).members
+    assert member.train.tokenizer_path is not None  # which lies in the folder of the bins
+    bins = member.train.tokenizer_path.parent
     for rank in range(2):
         shutil.copytree(bins, tmp_path / str(rank))
     text = (tmp_path / "1" / "meta.json").read_text()

@@ -91,11 +91,6 @@ class DatasetAnalysis:
     def is_chat(self) -> bool:
         return self.kind == "chat"
 
-    @property
-    def num_rows(self) -> int:
-        """Everything read: samples, empty rows and malformed ones."""
-        return self.num_samples + self.num_malformed
-
     def epochs(self, num_steps: int, samples_per_step: int) -> float | None:
         """Passes over the data when each sequence holds one sample; None where the number of samples is not known."""
         return None if self.num_samples_in_all is None else num_steps * samples_per_step / self.num_samples_in_all

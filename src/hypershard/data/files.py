@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..log import logger
-from ..remote_files import list_files, open_file
+from ..remote_files import RemoteFile, list_files, open_file
 from .cards import CardSplit, card_configs, choose_config, config_splits, glob_pattern
 from .formats import UNDERSTOOD, format_of
 from .hub import HUB_NAME, README, list_dataset
@@ -72,13 +72,20 @@ def _s3_listing(dataset: str) -> _Listing:
         found.location.removeprefix(dataset.rstrip("/")).lstrip("/"): DataFile(
             location=found.location, size_bytes=found.size_bytes, version=found.version, split=None
         )
-        for found in list_files(dataset)
+        for found in _s3_files(dataset)
     }
     readme = ""
     if README in files:
         with open_file(files[README].location, size_bytes=files[README].size_bytes) as file:
             readme = file.read().decode(errors="replace")
     return _Listing(dataset=dataset, files=files, readme=readme)
+
+
+def _s3_files(dataset: str) -> list[RemoteFile]:
+    try:
+        return list_files(dataset)
+    except DataError as error:
+        raise DataError(f"--dataset={dataset}: {error}") from error
 
 
 def _hub_listing(dataset: str, cache_dir: Path) -> _Listing:

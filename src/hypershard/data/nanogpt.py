@@ -5,6 +5,7 @@ https://github.com/karpathy/nanoGPT: data/*/prepare.py write them. Without meta.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import pickle
@@ -70,7 +71,7 @@ class NanoGPT:
     def vocab_size(self) -> int:
         return self._vocab_size
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Of the size, the vocabulary and 64 blocks of a MiB spread evenly over the file, the first and last included.
 

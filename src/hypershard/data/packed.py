@@ -83,7 +83,8 @@ class _ZstFile(io.RawIOBase):
         return num_bytes
 
     def _unpack(self) -> None:
-        self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+        # The largest window there is: `zstd --long=31` makes files that the default refuses.
+        self._frame = self._frame or self._library.ZstdDecompressor(max_window_size=2**31).decompressobj()
         try:
             self._content = memoryview(self._frame.decompress(self._packed))
         except self._library.ZstdError as error:

@@ -11,7 +11,7 @@ from .records import WHOLE, DataFile, Part, RawDocument
 
 # Rows made into Python objects at a time.
 _BATCH_ROWS = 256
-# Of a column at a time, so that a file of one large row group is not held whole.
+# Of a column at a time; read ahead (`pre_buffer`), a file of one large row group would be held whole.
 _READ_BYTES = 4 * 2**20
 # An IPC file (Feather 2) begins so; anything else is a stream, as `datasets` writes it, and ends so.
 # https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
@@ -36,7 +36,7 @@ def parquet_rows(
     from pyarrow import ArrowException, parquet
 
     try:
-        table = parquet.ParquetFile(raw, buffer_size=_READ_BYTES)
+        table = parquet.ParquetFile(raw, buffer_size=_READ_BYTES, pre_buffer=False)
         names = _wanted(file, table.schema_arrow.names, columns)
         group_rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     except (ArrowException, OSError) as error:

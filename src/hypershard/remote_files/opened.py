@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def open_file(location: str, *, size_bytes: int | None = None, patience: Patienc
     scheme = location.split("://", 1)[0]
     if scheme == "s3":
         size_bytes = size_of(location, patience) if size_bytes is None else size_bytes
-        fetch: Callable[[int, int], bytes] = lambda start, end: fetch_range(location, start, end, patience)  # noqa: E731
+        fetch: Callable[[int, int], bytes] = functools.partial(fetch_range, location, patience=patience)
     elif scheme == "hf":
         if (downloaded := downloaded_file(location)) is not None:
             return _open_local(str(downloaded), size_bytes)

@@ -46,7 +46,7 @@ def size_of(location: str, patience: Patience) -> int:
     return int(_ask(f"reading {location}", lambda files: files.info(location), patience)["size"])
 
 
-def fetch_range(location: str, start: int, end: int, patience: Patience) -> bytes:
+def fetch_range(location: str, start: int, end: int, *, patience: Patience) -> bytes:
     """Bytes `start` to `end` of an object, exactly. DataError: no such object, no right, or it ends before."""
     doing = f"reading {location} at byte {start}"
 
