@@ -21,6 +21,15 @@ def test_any_part_is_the_same_part_of_the_whole():
         np.testing.assert_array_equal(order.samples(first, count), whole[first : first + count])
 
 
+def test_positions_anywhere_are_those_of_the_whole():
+    order = SampleOrder(5000, seed=9)
+    whole = SampleOrder(5000, seed=9).samples(0, 20_000)
+    chance = np.random.default_rng(1)
+    for _ in range(20):
+        positions = chance.integers(0, 20_000, size=7)
+        np.testing.assert_array_equal(order.at(positions), whole[positions])
+
+
 def test_epochs_and_seeds_differ():
     orders = [tuple(SampleOrder(101, seed).samples(epoch * 101, 101)) for seed in (0, 1, 2**40) for epoch in range(3)]
     assert len(set(orders)) == len(orders)

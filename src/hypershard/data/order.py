@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 # 4 rounds make a good permutation of a large domain; small domains have few bits per half and need more.
 NUM_ROUNDS = 8
 _MASK64 = 2**64 - 1
+# A step wants a few positions, and working out one or a thousand takes nearly the same time.
+_BLOCK = 1024
+_BLOCKS_KEPT = 4
 
 
 class SampleOrder:
@@ -23,14 +26,28 @@ class SampleOrder:
         assert num_samples >= 1, num_samples
         self.num_samples = num_samples
         self._seed = seed
+        self._blocks: dict[int, NDArray[np.int64]] = {}
         # Two halves of equal width whose domain, 4**half_bits, is the smallest that holds num_samples.
         self._half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
 
     def samples(self, first_position: int, count: int) -> NDArray[np.int64]:
         """Sample indices [count] at positions first_position, first_position + 1, …; time and memory O(count)."""
-        return self.at(np.arange(first_position, first_position + count, dtype=np.int64))
+        return self._work_out(np.arange(first_position, first_position + count, dtype=np.int64))
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sample indices [n] at `positions` [n], for callers that come back for positions nearby."""
+        samples = np.empty(len(positions), dtype=np.int64)
+        blocks, places = np.divmod(positions, _BLOCK)
+        for block in np.unique(blocks).tolist():
+            if block not in self._blocks:
+                if len(self._blocks) == _BLOCKS_KEPT:
+                    del self._blocks[next(iter(self._blocks))]
+                self._blocks[block] = self.samples(block * _BLOCK, _BLOCK)
+            here = blocks == block
+            samples[here] = self._blocks[block][places[here]]
+        return samples
+
+    def _work_out(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample indices [n] at `positions` [n], which may lie in several epochs."""
         epochs, places = np.divmod(positions, self.num_samples)
         samples = np.empty(len(positions), dtype=np.int64)
