@@ -15,7 +15,7 @@ LAYERS = {
     "models": 5,
     "distributed": 6,
     "data": 7, "parallel": 7, "adapters": 7, "optim": 7, "checkpoint": 7, "metrics": 7,
-    "train": 8, "plan": 8, "report": 8,
+    "train": 8, "plan": 8, "report": 8, "launch": 8,
     "cli": 9,
 }  # fmt: skip
 HEAVY = {

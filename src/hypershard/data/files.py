@@ -11,6 +11,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..log import logger
 from ..remote_files import RemoteFile, list_files, open_file
+from ..storage import readable_errors
 from .cards import CardSplit, card_configs, choose_config, config_splits, glob_pattern
 from .formats import UNDERSTOOD, format_of
 from .hub import HUB_NAME, README, list_dataset
@@ -47,7 +48,8 @@ def find_files(dataset: str, *, dataset_config_name: str | None, cache_dir: Path
             f"--dataset={dataset}: found a {dataset.split('://', 1)[0]}:// URI; expected a path, s3://…, or a hub name"
         )
     elif path.exists():
-        listing = _local_listing(dataset, path)
+        with readable_errors(path, "listing"):
+            listing = _local_listing(dataset, path)
     else:
         listing = _hub_listing(dataset, cache_dir)
     return _train_and_val(_chosen(listing, dataset_config_name))

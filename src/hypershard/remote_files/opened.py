@@ -22,9 +22,10 @@ _LARGEST_REQUEST_BYTES = 16 * 2**20
 def open_file(location: str, *, size_bytes: int | None = None, patience: Patience | None = None) -> BinaryIO:
     """Open a local path, s3://bucket/key or hf://datasets/org/name@commit/path for reading; seekable.
 
-    `size_bytes`: what a listing said; a file of another size is an error, never a short read. A remote read that
-    fails or stalls is made again, from the byte it reached, for as long as `patience` says; then StorageError names
-    location, byte and cause. DataError: no such object, no right, another size. OSError: a local file's.
+    `size_bytes`: what a listing said; a shorter file (a local one: of any other size) is an error, never a short
+    read. A remote read that fails or stalls is made again, from the byte it reached, for as long as `patience` says;
+    then StorageError names location, byte and cause. DataError: no such object, no right, another size. OSError: a
+    local file's.
     """
     if "://" not in location:
         return _open_local(location, size_bytes)
