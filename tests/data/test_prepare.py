@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 
+import boto3
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -14,6 +15,7 @@ from prepared import TEMPLATE, contents, decoded, listed, prepared, spec_of
 
 from hypershard.data import prepare as prepare_file
 from hypershard.data.documents import read_documents
+from hypershard.data.files import find_files
 from hypershard.data.records import WHOLE
 from hypershard.data.token_bins import open_token_bins, verify
 from hypershard.errors import DataError
@@ -91,6 +93,18 @@ def test_every_format_gives_the_same_tokens(tmp_path):
         prepared(tmp_path / name, tmp_path / f"bins {name}")
         found.append(sha256s(tmp_path / f"bins {name}"))
     assert found == found[:1] * len(names)
+
+
+def test_a_bucket_gives_the_same_tokens(tmp_path, text_folder, s3_server, small_batches):
+    client = boto3.client("s3", endpoint_url=s3_server.endpoint)
+    client.create_bucket(Bucket="texts")
+    for path in text_folder.iterdir():
+        client.upload_file(str(path), "texts", f"corpus/{path.name}")
+    files = find_files("s3://texts/corpus", dataset_config_name=None, cache_dir=tmp_path / "hub")
+    options = {"val_share": 0.1, "seed": 0, "malformed_rows": "refuse", "num_processes": 2}
+    prepare_file.prepare(files, tmp_path / "bins", spec_of(), **options)
+    prepared(text_folder, tmp_path / "whole")
+    assert contents(tmp_path / "bins") == contents(tmp_path / "whole")
 
 
 def test_conversations_keep_which_tokens_the_loss_counts(tmp_path, small_batches):

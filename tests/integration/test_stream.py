@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import BUCKET
+from tests.hub_server import Busy, HubServer, Repository
 from tests.integration.processes import command, environment, finish, start, train, train_well
+from tests.s3_server import Fault, FaultProxy, Rule, Server
 
-from hypershard.data.embedded import CORPUS_PATH
+from hypershard.data.embedded import CORPUS_PATH, TOKENIZER_PATH
 from hypershard.metrics.sinks import read_json_lines
+from hypershard.s3 import S3, Deadline, S3Uri
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +113,63 @@ def test_a_killed_loader_worker_changes_nothing(settings: dict[str, Any], undist
     assert code == 0, output
     assert "a loader worker ended with exit code -9" in output
     assert losses_of(run_dir) == losses_of(undisturbed)
+
+
+C4_CARD = b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/c4-train.*.json.gz
+  - split: validation
+    path: en/c4-validation.*.json.gz
+- config_name: de
+  data_files: de/*.json.gz
+---
+"""
+
+
+def test_a_hub_that_is_busy_is_asked_once_a_node_and_streamed(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(str(settings["dataset"]).partition(":")[0])
+    files = {
+        f"en/c4-train.{number:05}-of-00002.json.gz": (folder / f"{number}.jsonl.gz").read_bytes() for number in (0, 1)
+    }
+    files |= {"en/c4-validation.00000-of-00001.json.gz": files["en/c4-train.00000-of-00002.json.gz"]}
+    files |= {"de/c4-train.json.gz": b"", "README.md": C4_CARD}
+    with HubServer() as hub:
+        hub.datasets["allenai/c4"] = Repository(files)
+        hub.models["org/model"] = Repository({"tokenizer.json": TOKENIZER_PATH.read_bytes()})
+        hub.busy += [Busy("api/datasets", times=2, headers={"Retry-After": "1"}), Busy("resolve", times=2, status=503)]
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        changes = {"dataset": "allenai/c4", "dataset_config_name": "en", "tokenizer": "org/model", "streaming": None}
+        flags = settings | changes | {"cache_dir": tmp_path / "cache", "run_dir": tmp_path / "run"}
+        output = train_well(**flags, nproc_per_node=2, num_workers=1, max_steps=4)
+        assert "asks to wait" in output or "again in" in output, output
+        listings = [seen for seen in hub.seen if "/tree/" in seen.path]
+        assert 0 < len(listings) <= 2 + 2, "one listing of two pages for all processes, and what was refused"
+        assert len(samples_of(tmp_path / "run", 1)) == 4
+
+
+def test_a_stream_from_s3_goes_on_through_errors(
+    settings: dict[str, Any], s3_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(str(settings["dataset"]).partition(":")[0])
+    base = S3Uri(BUCKET, "texts/stream")
+    with FaultProxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        for path in folder.iterdir():
+            S3().put(base / path.name, path.read_bytes(), deadline=Deadline.after(30))
+        local = settings | {"dataset": folder, "run_dir": tmp_path / "local", "nproc_per_node": 1}
+        train_well(**local, max_steps=4)
+        proxy.set(Rule(Fault(status=500), "GET", "jsonl.gz", times=2))
+        remote = settings | {"dataset": str(base), "streaming": None, "run_dir": tmp_path / "s3", "nproc_per_node": 1}
+        train_well(**remote, max_steps=4)
+        assert len(list(proxy.requests("GET", "jsonl.gz"))) > 2
+    assert losses_of(tmp_path / "s3") == losses_of(tmp_path / "local")
 
 
 def test_other_files_are_refused_at_resume_unless_asked_for(settings: dict[str, Any], tmp_path: Path) -> None:
