@@ -21,6 +21,8 @@ from data_path.loading import BATCH_SIZE, CONTEXT, write_arrow
 from data_path.text import write_text
 from results_file import save
 
+from hypershard.data.encoding_pool import num_cores
+
 HERE = Path(__file__).parent / "data_path"
 PARTS = ("prepare", "bins", "stream")
 NUM_FILES = 8  # as many as a batch has sequences, so that every worker of the peer has files of its own
@@ -43,7 +45,7 @@ def child(script: str, *argv: object, **environment: str) -> dict[str, Any]:
 
 def prepare_part(folder: Path, text: Path, rounds: int) -> dict[str, Any]:
     """Tokens per second of each way, and how much faster ours is."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     methods = ("hypershard", "datasets_transformers", "datasets_tokenizers")
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for number in range(rounds):
@@ -59,7 +61,10 @@ def prepare_part(folder: Path, text: Path, rounds: int) -> dict[str, Any]:
     for method in methods[1:]:
         seconds[f"{method}_map_alone"] = [one["map_seconds"] for one in found[method]]
     speeds = {name: _fastest_and_median([num_tokens / one for one in taken]) for name, taken in seconds.items()}
-    return {"num_tokens": num_tokens, "num_processes": cores, **_compared("prepare", speeds, "hypershard")}
+    cpu = {method: [one["cpu_seconds"] for one in results] for method, results in found.items()}
+    print("prepare: least CPU seconds", *(f"{method} {min(taken):.1f}" for method, taken in cpu.items()))
+    compared = _compared("prepare", speeds, "hypershard")
+    return {"num_tokens": num_tokens, "num_processes": cores, "cpu_seconds": cpu, **compared}
 
 
 def bins_part(folder: Path, bins: Path, options: list[object]) -> dict[str, Any]:
@@ -88,6 +93,9 @@ def stream_part(folder: Path, text: Path, options: list[object]) -> dict[str, An
 
 def _loaded(method: str, data: Path, cache: Path, workers: int, options: list[object]) -> dict[str, float]:
     found = child("loading.py", method, data, cache, "--num_workers", workers, *options)
+    if workers == 0:  # else most of the work is not in the process that was asked
+        per_cpu = max(found["tokens_per_cpu_second"]) / 1e6
+        print(f"{data.name}: {method} without workers: {per_cpu:.3f}M tokens per CPU second at most")
     return _fastest_and_median(found["tokens_per_second"])
 
 
@@ -108,10 +116,22 @@ def _compared(part: str, speeds: dict[str, dict[str, float]], ours: str) -> dict
     return {"tokens_per_second": speeds, "ratios": ratios}
 
 
+def judged(numbers: dict[str, Any]) -> list[str]:
+    """Each target and what was reached of it."""
+    lines = []
+    for method in ("datasets_transformers", "datasets_tokenizers") if "prepare" in numbers else ():
+        ratio = numbers["prepare"]["ratios"][method]["median"]
+        lines.append(f"prepare: {ratio:.2f} times {method}, target {TARGETS['prepare']}")
+    if "bins" in numbers:
+        speed = numbers["bins"]["tokens_per_second"]["hypershard"]["median"]
+        lines.append(f"bins: {speed / 1e6:.1f}M tokens/s, target {TARGETS['bins_tokens_per_second'] / 1e6:.0f}M")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--megabytes", type=int, default=60, help="of JSONL (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=40, help="of JSONL (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="repeats of each preparation (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=3, help="times each loader is measured (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of a window (default: %(default)s)")
@@ -126,13 +146,11 @@ def main() -> None:
             numbers["prepare"] = prepare_part(folder, text, args.rounds)
         if "bins" in args.parts:
             if "prepare" not in args.parts:
-                child("preparing.py", "hypershard", text, folder / "hypershard0", "--num_processes", os.cpu_count())
+                child("preparing.py", "hypershard", text, folder / "hypershard0", "--num_processes", num_cores())
             numbers["bins"] = bins_part(folder, folder / "hypershard0", options)
         if "stream" in args.parts:
             numbers["stream"] = stream_part(folder, text, options)
-    print(
-        f"targets: prepare {TARGETS['prepare']} times map, bins {TARGETS['bins_tokens_per_second'] / 1e6:.0f}M tokens/s"
-    )
+    print("\n".join(judged(numbers)))
     print(f"written to {save('data', {**numbers, 'targets': TARGETS}, directory=args.output)}")
 
 

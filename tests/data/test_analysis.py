@@ -240,7 +240,7 @@ def test_a_table_read_in_part_does_not_guess(tmp_path):
         one, packing="concat", long_documents="split", context_tokens=64, samples_per_step=2, num_steps=9, epochs=None
     )
     assert use.epochs is None and use.num_tokens_seen == 64 * 2 * 9
-    assert warnings(one, use, is_fine_tuning=False) == warnings(one, None, is_fine_tuning=False)
+    assert warnings(one, use, is_fine_tuning=True) == warnings(one, None, is_fine_tuning=True) == []
     assert analyzed(tmp_path / "many.parquet", tmp_path, sample=120).num_samples_in_all == 400
 
 
@@ -314,7 +314,10 @@ def test_2198_conversations_for_200_steps_of_64_warn():
     assert use.epochs == use.unpacked_epochs == found.epochs(200, 64), "one conversation fills a sequence"
     told = {one.code: one for one in warnings(found, use, is_fine_tuning=True)}
     assert set(told) == {"small_set", "epochs"}
-    assert "5.8 epochs over 2,198 samples" in told["epochs"].text and "beyond 5" in told["epochs"].text
+    assert (
+        "5.8 epochs over 2,198 samples" in told["epochs"].text
+        and "beyond 5, which are 171 steps" in told["epochs"].text
+    )
     assert "2203.02155" in told["epochs"].source
 
 

@@ -12,10 +12,12 @@ from .. import __version__
 # verb -> one line for --help; each verb is cli/<verb>.py with `run(argv) -> exit code`
 VERBS = {
     "train": "train a model; see `hypershard train --help`",
+    "launch": "start a training on Slurm, SageMaker, Kubernetes or here",
     "prepare": "turn text into token bins",
     "checkpoint": "list, verify, copy, prune, compare and export checkpoints",
     "generate": "let a trained model continue a text",
     "data": "analyze a data set; read back which samples a run trained on",
+    "doctor": "what this machine or cluster is, what is missing, how to mend it",
     "report": "show a run: its curve, speed and whereabouts",
 }
 

@@ -182,16 +182,13 @@ def worth_in_epochs(epochs: float) -> float:
 def warnings(analysis: DatasetAnalysis, use: Use | None, *, is_fine_tuning: bool) -> list[DataWarning]:
     """What to look at before training on it as `use` says; None: no plan yet."""
     found = [*_row_warnings(analysis)]
-    if is_fine_tuning and (analysis.num_samples_in_all or analysis.num_samples) < SMALL_FINE_TUNING_SAMPLES:
-        found.append(
-            DataWarning(
-                code="small_set",
-                text=f"{analysis.num_samples_in_all or analysis.num_samples:,} samples are a small set "
-                f"(under {SMALL_FINE_TUNING_SAMPLES:,}): validate often, keep the checkpoint of the lowest validation "
-                f"loss, and train adapters rather than all weights",
-                source=OUYANG,
-            )
+    num_samples = analysis.num_samples_in_all
+    if is_fine_tuning and num_samples is not None and num_samples < SMALL_FINE_TUNING_SAMPLES:
+        text = (
+            f"{num_samples:,} samples are a small set (under {SMALL_FINE_TUNING_SAMPLES:,}), soon over-fitted: "
+            f"validate often, and keep the checkpoint of the lowest validation loss"
         )
+        found.append(DataWarning(code="small_set", text=text, source=OUYANG))
     if use is not None:
         found += [*_epoch_warnings(analysis, use, is_fine_tuning=is_fine_tuning), *_fit_warnings(analysis, use.fit)]
     return found
@@ -232,7 +229,9 @@ def _epoch_warnings(analysis: DatasetAnalysis, use: Use, *, is_fine_tuning: bool
     text = f"{use.epochs:.1f} epochs over {num_samples:,} samples"
     if round(use.unpacked_epochs, 1) != round(use.epochs, 1):
         text += f" ({use.unpacked_epochs:.1f} where a sequence holds one sample)"
-    text += f": over-fitting is likely beyond {most}; fewer steps, a smaller batch, or more data"
+    text += f": over-fitting is likely beyond {most}"
+    if use.steps_per_epoch is not None:
+        text += f", which are {int(most * use.steps_per_epoch):,} steps"
     return [DataWarning(code="epochs", text=text, source=OUYANG)]
 
 

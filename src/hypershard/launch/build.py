@@ -10,17 +10,18 @@ from pathlib import Path
 
 from ..catalog.instances import instance as find_instance
 from ..config.flags import add_settings, coerce, parse
+from ..config.schema import SETTINGS
 from ..errors import ConfigError
 from ..models.files import model_file
 from ..storage import local_path
 from .environment import check_extra, environment_for
 from .job import Job, Resources
 
-# Flags of `hypershard train` that a job cannot have: the launcher sets them, or they train nothing.
+# Flags of `hypershard train` that a job cannot have, and why.
 _REFUSED = {
-    "nproc_per_node": "a job starts one rank per GPU of --instance",
-    "run_dir": "it is the launcher's; give it before the flags of training",
-    "show_config": "it trains nothing; try `hypershard train … --show_config` here",
+    "nproc_per_node": "a job starts one rank per GPU of its instances",
+    "run_dir": "it is the launcher's own, the same for all nodes",
+    "show_config": "it trains nothing; `hypershard train --show_config` does the same here",
 }
 
 
@@ -50,7 +51,7 @@ def build_job(
     _check_numbers(num_nodes=num_nodes, hours=hours, max_restarts=max_restarts)
     if not run_dir:
         raise ConfigError("--run_dir: found nothing, expected a folder that all nodes see")
-    local_path(run_dir, flag="--run_dir")
+    run_dir = str(local_path(run_dir, flag="--run_dir"))  # no shell expands a ~ that is quoted
     check_extra(extra_environment)
     row = None if instance is None else find_instance(instance)
     model = _one_model(model_name, given.get("model"))
@@ -89,10 +90,14 @@ def _checked_flags(train_flags: Sequence[str]) -> dict[str, str]:
         raise ConfigError(str(error)) from None
     for flag, why in _REFUSED.items():
         if flag in given:
-            raise ConfigError(f"--{flag}={given[flag]}: a job does not take this flag: {why}")
-    for flag, text in given.items():
-        if flag not in ("model", "config"):
-            coerce(flag, text, where=f"--{flag}")
+            raise ConfigError(f"--{flag}: a job does not take this flag: {why}")
+    values = {flag: coerce(flag, text, where=f"--{flag}") for flag, text in given.items() if flag in SETTINGS}
+    source = values.get("resume_from_checkpoint", "auto")
+    if source != "auto" and not values.get("eval_only"):
+        raise ConfigError(
+            f"--resume_from_checkpoint={source}: every restart of the job would go back to there; begin with "
+            f"`hypershard checkpoint copy {source} RUN_DIR/checkpoints`, and the job goes on from it by itself"
+        )
     return given
 
 

@@ -29,10 +29,10 @@ class Status(StrEnum):
     FAIL = "FAIL"
 
 
-class Verdict(StrEnum):
-    """What to do with the node; anything but `ok` only where the node itself shows the evidence."""
+class Remedy(StrEnum):
+    """What a finding proves about its node; anything but `ok` only where the node itself shows the evidence."""
 
-    OK = "ok"
+    NONE = "ok"
     REBOOT = "reboot"
     REPLACE = "replace"
 
@@ -45,7 +45,7 @@ class Finding:
     status: Status
     found: str
     fix: str = ""
-    verdict: Verdict = Verdict.OK
+    remedy: Remedy = Remedy.NONE
 
 
 def ok(name: str, found: str) -> Finding:
@@ -56,8 +56,8 @@ def warn(name: str, found: str, fix: str) -> Finding:
     return Finding(name, Status.WARN, found, fix)
 
 
-def fail(name: str, found: str, fix: str, verdict: Verdict = Verdict.OK) -> Finding:
-    return Finding(name, Status.FAIL, found, fix, verdict)
+def fail(name: str, found: str, fix: str, remedy: Remedy = Remedy.NONE) -> Finding:
+    return Finding(name, Status.FAIL, found, fix, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

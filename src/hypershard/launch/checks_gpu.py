@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..catalog.gpus import gpu_by_device_name
 from ..catalog.instances import Instance
-from .checks_base import Check, Finding, Machine, Verdict, ask, fail, ok, warn
+from .checks_base import Check, Finding, Machine, Remedy, ask, fail, ok, warn
 
 # Field names of `nvidia-smi --help-query-gpu`, driver R535 and newer; torch 2.11 needs a newer one anyway.
 _FIELDS = (
@@ -39,27 +39,27 @@ _USED_MIB = 1024  # more than the driver keeps for itself (up to 700 MiB on a B2
 # NVIDIA's Xid catalog, https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html, read 2026-11: its
 # RESET_GPU is a reboot here, which resets them all. 64 and 79 point at the board or its slot, and on rented machines
 # another board is another node. What it gives RESTART_APP or IGNORE is a program's error, or harmless.
-_XIDS: dict[int, tuple[str, Verdict]] = {
-    46: ("GPU stopped processing", Verdict.REBOOT),
-    48: ("double-bit ECC error", Verdict.REBOOT),
-    62: ("micro-controller halted", Verdict.REBOOT),
-    64: ("memory row could not be remapped", Verdict.REPLACE),
-    74: ("NVLink error", Verdict.REBOOT),
-    79: ("GPU has fallen off the bus", Verdict.REPLACE),
-    95: ("uncontained memory error", Verdict.REBOOT),
-    109: ("context switch time-out", Verdict.REBOOT),
-    110: ("security fault", Verdict.REBOOT),
-    119: ("GSP does not answer", Verdict.REBOOT),
-    120: ("GSP error", Verdict.REBOOT),
-    136: ("NVLink training failed", Verdict.REBOOT),
-    140: ("unrecovered ECC error", Verdict.REBOOT),
-    143: ("GPU initialisation failed", Verdict.REBOOT),
+_XIDS: dict[int, tuple[str, Remedy]] = {
+    46: ("GPU stopped processing", Remedy.REBOOT),
+    48: ("double-bit ECC error", Remedy.REBOOT),
+    62: ("micro-controller halted", Remedy.REBOOT),
+    64: ("memory row could not be remapped", Remedy.REPLACE),
+    74: ("NVLink error", Remedy.REBOOT),
+    79: ("GPU has fallen off the bus", Remedy.REPLACE),
+    95: ("uncontained memory error", Remedy.REBOOT),
+    109: ("context switch time-out", Remedy.REBOOT),
+    110: ("security fault", Remedy.REBOOT),
+    119: ("GSP does not answer", Remedy.REBOOT),
+    120: ("GSP error", Remedy.REBOOT),
+    136: ("NVLink training failed", Remedy.REBOOT),
+    140: ("unrecovered ECC error", Remedy.REBOOT),
+    143: ("GPU initialisation failed", Remedy.REBOOT),
 }
 _RECOVERY_ACTION = 154  # the driver itself says what it needs: "changed from 0x0 (None) to 0x2 (Node Reboot Required)"
 _XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): (\d+)(?:, *(.*))?")
 _FIX = {
-    Verdict.REBOOT: "reboot the node (HyperPod: scontrol update node=NODE state=fail reason='Action:Reboot')",
-    Verdict.REPLACE: "replace the node (HyperPod: scontrol update node=NODE state=fail reason='Action:Replace')",
+    Remedy.REBOOT: "reboot the node (HyperPod: scontrol update node=NODE state=fail reason='Action:Reboot')",
+    Remedy.REPLACE: "replace the node (HyperPod: scontrol update node=NODE state=fail reason='Action:Replace')",
 }
 
 
@@ -133,17 +133,17 @@ def parse_xids(kernel_log: str) -> list[Xid]:
     return [Xid(pci, int(code), (text or "").strip()) for pci, code, text in _XID_LINE.findall(kernel_log)]
 
 
-def judge_gpus(gpus: Sequence[GpuState], instance: Instance | None) -> list[Finding]:
+def judge_gpus(gpus: Sequence[GpuState], machine: Machine) -> list[Finding]:
     """What the table of GPUs says about this node, compared with its catalog row where the type is known."""
     names = sorted({gpu.name for gpu in gpus})
     memory = min((gpu.memory_mib for gpu in gpus if gpu.memory_mib), default=None)
     shown = f"{len(gpus)} x {', '.join(names)}" + (f", {memory} MiB each, driver {gpus[0].driver}" if memory else "")
-    findings = [_judge_kind(gpus, instance, shown, memory)]
+    findings = [_judge_kind(gpus, machine, shown, memory)]
     bad = [f"GPU {gpu.index}: {gpu.uncorrected_errors}" for gpu in gpus if gpu.uncorrected_errors]
     counted = [gpu for gpu in gpus if gpu.uncorrected_errors is not None]
     if bad:
         found = f"uncorrected errors since the driver was loaded: {', '.join(bad)}"
-        findings.append(fail("gpu memory errors", found, _FIX[Verdict.REBOOT], Verdict.REBOOT))
+        findings.append(fail("gpu memory errors", found, _FIX[Remedy.REBOOT], Remedy.REBOOT))
     elif counted:
         corrected = sum(gpu.corrected_errors or 0 for gpu in gpus)
         findings.append(ok("gpu memory errors", f"none uncorrected, {corrected} corrected (ECC is on)"))
@@ -153,21 +153,44 @@ def judge_gpus(gpus: Sequence[GpuState], instance: Instance | None) -> list[Find
     return findings + _judge_running(gpus)
 
 
-def _judge_kind(gpus: Sequence[GpuState], instance: Instance | None, shown: str, memory_mib: int | None) -> Finding:
+def _judge_kind(gpus: Sequence[GpuState], machine: Machine, shown: str, memory_mib: int | None) -> Finding:
+    instance = machine.instance
     if any(gpu.has_mig for gpu in gpus):
-        return fail("gpus", f"{shown}; MIG is on", "nvidia-smi --multi-instance-gpu=0 and a reboot: FSDP needs whole GPUs")
+        return fail(
+            "gpus", f"{shown}; MIG is on", "nvidia-smi --multi-instance-gpu=0 and a reboot: FSDP needs whole GPUs"
+        )
     if instance is None:
         return ok("gpus", shown)
-    expected = f"{instance.num_gpus} x {instance.gpu} on {instance.name}"
+    expected = f"{instance.num_gpus} x {instance.gpu.name} on {instance.name}"
     if len(gpus) < instance.num_gpus:
-        return fail("gpus", f"{shown}; expected {expected}", _FIX[Verdict.REPLACE], Verdict.REPLACE)
+        return _missing(machine, instance, f"{shown}; expected {expected}")
     row = gpu_by_device_name(gpus[0].name)
-    if row is None or row.name != instance.gpu:
+    if row is None or row != instance.gpu:
         return fail("gpus", f"{shown}; expected {expected}", "give the type this node has: --expect INSTANCE")
-    if memory_mib is not None and memory_mib < _MEMORY_SHARE * instance.gpu_memory_gib * 1024:
-        found = f"{shown}; expected {instance.gpu_memory_gib:g} GiB each"
-        return fail("gpus", found, _FIX[Verdict.REPLACE], Verdict.REPLACE)
+    if memory_mib is not None and memory_mib < _MEMORY_SHARE * instance.gpu_memory_mib:
+        found = f"{shown}; expected {instance.gpu_memory_mib} MiB each"
+        return fail("gpus", found, _FIX[Remedy.REPLACE], Remedy.REPLACE)
     return ok("gpus", f"{shown}, as {instance.name} has")
+
+
+def _missing(machine: Machine, instance: Instance, found: str) -> Finding:
+    """Fewer GPUs than the type has: lost ones, or ones that this job or container was not given."""
+    # The bus shows all of them, in a container too: vendor NVIDIA, class display or 3D controller.
+    num_on_bus = sum(
+        machine.read(f"/sys/bus/pci/devices/{device.name}/vendor") == "0x10de"
+        and machine.read(f"/sys/bus/pci/devices/{device.name}/class").startswith(("0x0300", "0x0302"))
+        for device in machine.file("/sys/bus/pci/devices").glob("*")
+    )
+    given = machine.environment.get("SLURM_GPUS_ON_NODE", "")
+    is_confined = (given.isdigit() and int(given) < instance.num_gpus) or any(
+        machine.file(path).exists() for path in ("/.dockerenv", "/run/.containerenv", "/var/run/secrets/kubernetes.io")
+    )
+    if is_confined and num_on_bus >= instance.num_gpus:
+        fix = f"ask for all: --gpus-per-node={instance.num_gpus} --exclusive, docker --gpus all, nvidia.com/gpu"
+        return fail("gpus", f"{found}; the bus shows {num_on_bus}, so this job was given fewer", fix)
+    if is_confined and not num_on_bus:
+        return fail("gpus", f"{found}; lost, or not given to this job: unknown", "run this outside of the container")
+    return fail("gpus", f"{found}; the bus shows {num_on_bus}", _FIX[Remedy.REPLACE], Remedy.REPLACE)
 
 
 def _judge_running(gpus: Sequence[GpuState]) -> list[Finding]:
@@ -180,7 +203,7 @@ def _judge_running(gpus: Sequence[GpuState]) -> list[Finding]:
     ]
     warm = [f"GPU {gpu.index}: {gpu.temperature_celsius} C" for gpu in gpus if gpu.slowed & _SW_THERMAL]
     if slowed:
-        findings.append(fail("gpu clocks", "; ".join(slowed), _FIX[Verdict.REPLACE], Verdict.REPLACE))
+        findings.append(fail("gpu clocks", "; ".join(slowed), _FIX[Remedy.REPLACE], Remedy.REPLACE))
     elif warm:
         fix = "the slowest GPU sets the pace of all: look at the node's cooling, or take another node"
         findings.append(warn("gpu clocks", f"slowed by heat: {', '.join(warm)}", fix))
@@ -207,28 +230,28 @@ def judge_rows(csv: str) -> list[Finding]:
             failed += [values[0]] if values[2] in ("Yes", "1") else []
     if failed:
         found = f"no spare row left for a bad one: {', '.join(failed)}"
-        return [fail("gpu memory rows", found, _FIX[Verdict.REPLACE], Verdict.REPLACE)]
+        return [fail("gpu memory rows", found, _FIX[Remedy.REPLACE], Remedy.REPLACE)]
     if pending:
         found = f"a bad row waits for a reset: {', '.join(pending)}"
-        return [fail("gpu memory rows", found, _FIX[Verdict.REBOOT], Verdict.REBOOT)]
+        return [fail("gpu memory rows", found, _FIX[Remedy.REBOOT], Remedy.REBOOT)]
     return [ok("gpu memory rows", "none waits to be remapped")]
 
 
 def judge_xids(xids: Sequence[Xid]) -> list[Finding]:
     """What the driver wrote since the boot: ours to act on, or a program's own mistakes."""
-    serious: dict[str, Verdict] = {}
+    serious: dict[str, Remedy] = {}
     others: dict[int, int] = {}
     for xid in xids:
-        meaning, verdict = _XIDS.get(xid.code, (xid.text, Verdict.OK))
+        meaning, remedy = _XIDS.get(xid.code, (xid.text, Remedy.NONE))
         if xid.code == _RECOVERY_ACTION:
             needed = xid.text.rpartition(" to ")[2]
-            verdict = Verdict.REBOOT if "Reset" in needed or "Reboot" in needed else Verdict.OK
-        if verdict is Verdict.OK:
+            remedy = Remedy.REBOOT if "Reset" in needed or "Reboot" in needed else Remedy.NONE
+        if remedy is Remedy.NONE:
             others[xid.code] = others.get(xid.code, 0) + 1
         else:
-            serious[f"Xid {xid.code} on {xid.pci}: {meaning}"] = verdict
+            serious[f"Xid {xid.code} on {xid.pci}: {meaning}"] = remedy
     if serious:
-        worst = Verdict.REPLACE if Verdict.REPLACE in serious.values() else Verdict.REBOOT
+        worst = Remedy.REPLACE if Remedy.REPLACE in serious.values() else Remedy.REBOOT
         return [fail("gpu errors (Xid)", "; ".join(serious), _FIX[worst], worst)]
     if others:
         found = ", ".join(f"Xid {code} x {number}" for code, number in sorted(others.items()))
@@ -241,14 +264,17 @@ def _examine(machine: Machine) -> list[Finding]:
     gpus = [] if answer.trouble else parse_gpus(answer.text)
     if gpus:
         rows = ask(machine, ["nvidia-smi", f"--query-remapped-rows={','.join(_ROW_FIELDS)}", "--format=csv,noheader"])
-        return judge_gpus(gpus, machine.instance) + ([] if rows.trouble else judge_rows(rows.text)) + _xids(machine)
+        return judge_gpus(gpus, machine) + ([] if rows.trouble else judge_rows(rows.text)) + _xids(machine)
     device_files = sorted(path.name for path in machine.file("/dev").glob("nvidia[0-9]*"))
     trouble = answer.trouble or "nvidia-smi lists none"
     if device_files:
         found = f"{len(device_files)} device files in /dev, but {trouble}"
-        return [fail("gpus", found, _FIX[Verdict.REBOOT], Verdict.REBOOT), *_xids(machine)]
-    if machine.instance is not None and machine.instance.num_gpus:
-        wanted = f"expected {machine.instance.num_gpus} x {machine.instance.gpu} on {machine.instance.name}"
+        if trouble.endswith("is not installed"):
+            fix = "install the driver's programs; in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+            return [fail("gpus", found, fix), *_xids(machine)]
+        return [fail("gpus", found, _FIX[Remedy.REBOOT], Remedy.REBOOT), *_xids(machine)]
+    if machine.instance is not None:
+        wanted = f"expected {machine.instance.num_gpus} x {machine.instance.gpu.name} on {machine.instance.name}"
         fix = "install the NVIDIA driver; in a container start it with --gpus all (Kubernetes: nvidia.com/gpu)"
         return [fail("gpus", f"no GPU: {trouble}, and /dev has none; {wanted}", fix)]
     fix = "fine on a login node and for small models on CPUs; to train large ones run this on a GPU node"

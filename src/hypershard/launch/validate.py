@@ -22,7 +22,14 @@ from ..errors import ConfigError
 _MOST_SHOWN = 80  # characters of a value in a message
 _MOST_NAMED = 8  # accepted values listed in full
 # POSIX classes as Java knows them, all ASCII.
-_POSIX = {"Alnum": "a-zA-Z0-9", "Alpha": "a-zA-Z", "Digit": "0-9", "Upper": "A-Z", "Lower": "a-z", "ASCII": "\\x00-\\x7f"}
+_POSIX = {
+    "Alnum": "a-zA-Z0-9",
+    "Alpha": "a-zA-Z",
+    "Digit": "0-9",
+    "Upper": "A-Z",
+    "Lower": "a-z",
+    "ASCII": "\\x00-\\x7f",
+}
 
 
 @dataclass(frozen=True)
