@@ -26,13 +26,13 @@ _FREEZER = Path("/sys/fs/cgroup/freezer")
 _UP_SECONDS = 40.0
 _POLL_SECONDS = 0.2
 
-# cred_expire is how long a requeued job waits before it may start again. SlurmdTimeout: a silent node is lost after it.
+# cred_expire (5 at least) is how long a requeued job waits before it may start again. SlurmdTimeout: a silent node is lost after it.
 # KillWait: what scancel leaves a job between TERM and KILL. MinJobAge: finished jobs stay visible.
 _CONFIGURATION = """\
 ClusterName=hypershard
 SlurmctldHost=ctl({controller})
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root

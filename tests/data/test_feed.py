@@ -266,7 +266,7 @@ def test_the_lanes_read_each_document_once_an_epoch(
             for file, part in parts
             for document in read_documents(file, columns=encoder.columns, part=part, skip=0)
         )
-        lane = Lane(spec, lane=number, num_lanes=num_lanes, cursor=Cursor())
+        lane = Lane(spec, spec.encoder.build(), lane=number, num_lanes=num_lanes, cursor=Cursor())
         both = texts_of(lane, tokenizer, 2 * held)
         first, second = both[:held], both[held:]
         assert sorted(first) == sorted(second)
@@ -279,26 +279,26 @@ def test_the_lanes_read_each_document_once_an_epoch(
 def test_a_window_shuffles_so_far_and_no_farther(
     files: dict[str, tuple[DataFile, ...]], encoder: EncoderSpec, tokenizer: TextTokenizer
 ) -> None:
-    lane = Lane(spec_of(files["one"], encoder, window=10), lane=0, num_lanes=1, cursor=Cursor())
+    lane = Lane(spec_of(files["one"], encoder, window=10), encoder.build(), lane=0, num_lanes=1, cursor=Cursor())
     found = [int(text.split()[0]) for text in texts_of(lane, tokenizer, 160)]
     assert [sorted(found[begin : begin + 10]) for begin in range(0, 160, 10)] == [
         list(range(begin, begin + 10)) for begin in range(0, 160, 10)
     ]
     assert found != sorted(found)
-    other = Lane(spec_of(files["one"], encoder, window=10, seed=4), lane=0, num_lanes=1, cursor=Cursor())
+    other = Lane(spec_of(files["one"], encoder, window=10, seed=4), encoder.build(), lane=0, num_lanes=1, cursor=Cursor())
     assert [int(text.split()[0]) for text in texts_of(other, tokenizer, 160)] != found
 
 
 def test_a_lane_goes_on_from_any_cursor(files: dict[str, tuple[DataFile, ...]], encoder: EncoderSpec) -> None:
     spec = spec_of(files["packed"], encoder)
-    lane = Lane(spec, lane=1, num_lanes=5, cursor=Cursor())
+    lane = Lane(spec, spec.encoder.build(), lane=1, num_lanes=5, cursor=Cursor())
     cursors, rows = [], []
     for _ in range(300):  # some epochs
         cursors.append(lane.cursor)
         rows.append(lane.next().tokens)
     assert cursors[-1].epoch >= 2
     for start in (1, 17, 160, 299):
-        resumed = Lane(spec, lane=1, num_lanes=5, cursor=cursors[start])
+        resumed = Lane(spec, spec.encoder.build(), lane=1, num_lanes=5, cursor=cursors[start])
         np.testing.assert_array_equal(resumed.next().tokens, rows[start])
 
 
@@ -312,7 +312,7 @@ def test_held_out_documents_never_train(
         if not validates(document, 0.2)
     ]
     assert 100 < len(kept) < 150
-    lane = Lane(spec, lane=0, num_lanes=1, cursor=Cursor())
+    lane = Lane(spec, spec.encoder.build(), lane=0, num_lanes=1, cursor=Cursor())
     found = texts_of(lane, tokenizer, len(kept))
     assert sorted(found) == sorted(json.loads(document.content)["text"] for document in kept)  # type: ignore[arg-type]
 
@@ -349,7 +349,7 @@ def test_a_lane_without_documents_says_so(tmp_path: Path, encoder: EncoderSpec) 
     spec = spec_of((data_file(path),), encoder)
     with pytest.raises(DataError, match=r"fewer documents than a step has sequences.*--streaming=0"):
         for lane in range(2):
-            Lane(spec, lane=lane, num_lanes=2, cursor=Cursor()).next()
+            Lane(spec, spec.encoder.build(), lane=lane, num_lanes=2, cursor=Cursor()).next()
 
 
 # --- workers

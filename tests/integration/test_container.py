@@ -18,7 +18,7 @@ from hypershard.metrics.sinks import read_json_lines
 reason = nodes_available()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
-STEPS = 100  # long enough to be interrupted
+STEPS = 70  # long enough to be interrupted
 FLAGS = {**SMALL, "checkpoint_freq": 20, "nproc_per_node": "1"}
 SPELLED = {"MAX_STEPS": f'"{STEPS}"', "resume_from_checkpoint": '"auto"'}  # as SageMaker's SDK encodes them
 
@@ -125,7 +125,7 @@ def test_a_lost_host_ends_the_job_soon_with_its_checkpoints_whole(
 ) -> None:
     run_dir = tmp_path / "run"
     job = Job(nodes, tmp_path / "first", run_dir=run_dir)
-    job.until_step(50)
+    job.until_step(45)
     # All processes go and the kernel closes their connections; one that falls silent is in tests/launch/test_node.py.
     job.containers[1].signal(signal.SIGKILL)
     lost_at = time.monotonic()

@@ -17,7 +17,7 @@ from ..config.schema import SETTINGS, DataConfig
 from ..errors import ConfigError
 from ..storage import local_path
 from ..units import format_count
-from .prepare import _shown_progress
+from .prepare import shown_progress
 
 if TYPE_CHECKING:
     from ..data.advice import DataWarning, Fit, Plan, Use
@@ -109,7 +109,7 @@ def analyze(args: argparse.Namespace) -> int:
     from ..data.analysis import analyze_dataset
     from ..data.encoding_pool import num_cores
 
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         found = analyze_dataset(data, sample=args.sample, num_processes=num_cores(), progress=progress)
     analyses, weights = [analysis for analysis, _ in found], [weight for _, weight in found]
     uses: Sequence[Use | None] = [None] * len(found)
@@ -165,16 +165,10 @@ def _plan(args: argparse.Namespace) -> Plan | None:
 def _fit(analysis: DatasetAnalysis, data: DataConfig, plan: Plan) -> Fit:
     """As training would pack it."""
     from ..data.advice import fit_of
+    from ..data.sequences import packing_of
 
-    packing = data.packing or ("best_fit" if analysis.is_chat else "concat")
-    default = "truncate" if analysis.is_chat and packing == "best_fit" else "split"
-    long_documents = data.long_documents or default
-    if packing == "concat" and long_documents != "split":
-        raise ConfigError(
-            f"--long_documents={long_documents}: --packing=concat cuts wherever a sequence is full; "
-            f"set --packing=best_fit"
-        )
-    return fit_of(analysis, context_tokens=plan.context_tokens, packing=packing, long_documents=long_documents)
+    packed = packing_of(data, is_chat=analysis.is_chat, is_stream=False)
+    return fit_of(analysis, context_tokens=plan.context_tokens, **vars(packed))
 
 
 def _as_json(

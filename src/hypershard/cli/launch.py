@@ -1,7 +1,7 @@
 """`hypershard launch WHERE`: start a training on a cluster. Finds the launcher's file and imports no other.
 
 A launcher is cli/launch_<name>.py with `add_parser(verbs)`, which sets `do`, the function to call. One that starts a
-training also sets `takes_train_flags`: it gets what it does not know, as `train_flags`, the flags of `hypershard train`.
+training also sets `takes_train_flags`: flags it does not know are flags of `hypershard train`, and its `train_flags`.
 """
 
 from __future__ import annotations

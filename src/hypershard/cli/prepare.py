@@ -183,7 +183,7 @@ def _prepare(args: argparse.Namespace) -> int:
             f"--val_share={args.val_share}: {args.input} has files named val, which validate; drop the flag"
         )
     started_at = time.monotonic()
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         meta = prepare(
             text.files,
             output,
@@ -239,7 +239,7 @@ def _summary(output: Path, meta: BinsMeta, seconds: float) -> str:
 
 
 @contextmanager
-def _shown_progress() -> Iterator[Callable[[Progress], None]]:
+def shown_progress() -> Iterator[Callable[[Progress], None]]:
     """A moving bar on a terminal; elsewhere a log line every few seconds."""
     if not sys.stderr.isatty():
         from ..data.prepare import log_progress

@@ -22,7 +22,7 @@ from ..errors import DataError
 from .measured import Measured, bins_documents, text_documents
 from .mixture import parse_dataset
 from .nanogpt import is_nanogpt
-from .open import Text, _bins_folder, open_bins, resolve_text
+from .open import Text, bins_folder, open_bins, resolve_text
 from .prepare import BYTES_PER_PROCESS, Progress
 from .records import Malformed
 from .tally import Tally
@@ -171,7 +171,7 @@ def analyze_dataset(
     named = [(data.dataset, None)] if Path(data.dataset).exists() else parse_dataset(data.dataset)
     found = []
     for name, weight in named:
-        folder = _bins_folder(name)
+        folder = bins_folder(name)
         if folder is not None:
             found.append((_analyze_bins(name, folder, data, sample, progress), weight))
         else:

@@ -52,7 +52,7 @@ class NanoGPT:
                 f"--dataset={path.parent}: {path} has {size_bytes} bytes; expected an even number, 4 at least "
                 "(uint16 tokens, as nanoGPT writes them); copy it again"
             )
-        self._tokens: NDArray[Any] = np.memmap(path, dtype=_DTYPE, mode="r")
+        self._tokens: NDArray[Any] = np.asarray(np.memmap(path, dtype=_DTYPE, mode="r"))
 
     @property
     def num_tokens(self) -> int:

@@ -131,7 +131,7 @@ def prepare_dataset(data: DataConfig) -> None:
 
 
 def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:
-    folder = _bins_folder(name)
+    folder = bins_folder(name)
     if folder is not None:
         _refuse_settings_of_text(name, data)
         train, val = open_bins(folder, data.tokenizer)
@@ -234,7 +234,7 @@ def _cache_dir(data: DataConfig) -> Path:
     return Path(data.cache_dir).expanduser()
 
 
-def _bins_folder(name: str) -> Path | None:
+def bins_folder(name: str) -> Path | None:
     """The folder, if `name` means one that is or once was a folder of tokens."""
     if name == EMBEDDED or "://" in name:
         return None

@@ -43,18 +43,19 @@ class Batch:
 def batch_of(rows: Sequence[Row], *, context_tokens: int) -> Batch:
     """`rows` [B] as a batch [B, context_tokens]; a row that is shorter is filled up with one document of padding."""
     shape = (len(rows), context_tokens)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    position_ids = np.empty(shape, dtype=np.int64)
+    input_ids, labels, position_ids = (np.empty(shape, dtype=np.int64) for _ in range(3))
     num_padding = 0
     for number, row in enumerate(rows):
-        size = min(len(row.tokens), context_tokens)
+        size, num_labels = min(len(row.tokens), context_tokens), max(0, len(row.tokens) - 1)
         input_ids[number, :size] = row.tokens[:size]
         position_ids[number, :size] = row.positions[:size]
-        position_ids[number, size:] = np.arange(context_tokens - size)
-        targets = row.targets[1:]
-        labels[number, : len(targets)] = np.where(targets, row.tokens[1:], IGNORED_LABEL)
-        num_padding += context_tokens - size
+        labels[number, :num_labels] = row.tokens[1:]
+        labels[number, :num_labels][~row.targets[1:]] = IGNORED_LABEL
+        labels[number, num_labels:] = IGNORED_LABEL
+        if size < context_tokens:
+            input_ids[number, size:] = 0
+            position_ids[number, size:] = np.arange(context_tokens - size)
+            num_padding += context_tokens - size
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),

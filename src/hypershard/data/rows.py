@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from .packs import PackPlan
 from .source import TokenSource
 
+_FEW_STARTS = 64  # so many documents in a row are counted faster one by one than by a running maximum
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -51,6 +53,11 @@ def row_of(
     if not document_mask:
         return Row(tokens=tokens, positions=places, targets=counted)
     counted[starts] = False
+    if len(starts) <= _FEW_STARTS:
+        positions = places.copy()
+        for start in starts.tolist():
+            positions[start:] = places[: len(places) - start]
+        return Row(tokens=tokens, positions=positions, targets=counted)
     begins = np.zeros(len(tokens), dtype=np.int64)
     begins[starts] = starts
     return Row(tokens=tokens, positions=places - np.maximum.accumulate(begins), targets=counted)

@@ -29,20 +29,18 @@ class Packing:
     long_documents: str
 
 
-def packing_of(member: Member, data: DataConfig) -> Packing:
-    """What the settings mean for this source. ConfigError: what packing cannot do."""
-    packing = data.packing or ("best_fit" if member.is_chat else "concat")
-    default = "split" if packing == "concat" else "truncate" if member.is_chat else "split"
+def packing_of(data: DataConfig, *, is_chat: bool, is_stream: bool) -> Packing:
+    """What the settings mean for a source. ConfigError: what packing cannot do."""
+    packing = data.packing or ("best_fit" if is_chat else "concat")
+    default = "truncate" if is_chat and packing == "best_fit" else "split"
     long_documents = data.long_documents or default
     if packing == "concat" and long_documents != "split":
         raise ConfigError(
             f"--long_documents={long_documents}: --packing=concat cuts wherever a sequence is full; "
             f"set --packing=best_fit"
         )
-    if packing == "best_fit" and isinstance(member.train, Text):
-        raise ConfigError(
-            f"--packing=best_fit needs all documents of {member.name} before the first step; set --streaming=0"
-        )
+    if packing == "best_fit" and is_stream:
+        raise ConfigError("--packing=best_fit needs all documents before the first step; set --streaming=0")
     return Packing(packing=packing, long_documents=long_documents)
 
 
@@ -51,7 +49,6 @@ def training_sources(dataset: Dataset, data: DataConfig, *, context_tokens: int)
     rows: list[Rows | StreamSpec] = []
     for member in dataset.members:
         if isinstance(member.train, Text):
-            packing_of(member, data)
             rows.append(_stream(member.train, data, context_tokens))
         else:
             rows.append(_rows(member.train, member, data, context_tokens, says=True))
@@ -70,6 +67,7 @@ def validation_sources(
 
 
 def _stream(text: Text, data: DataConfig, context_tokens: int) -> StreamSpec:
+    packing_of(data, is_chat=False, is_stream=True)  # refuses what a stream cannot do
     return StreamSpec(
         name=text.name,
         files=text.of_split("train"),
@@ -84,7 +82,7 @@ def _stream(text: Text, data: DataConfig, context_tokens: int) -> StreamSpec:
 
 
 def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens: int, *, says: bool) -> Rows:
-    packing = packing_of(member, data)
+    packing = packing_of(data, is_chat=member.is_chat, is_stream=False)
     starts = source.document_starts
     if packing.packing == "concat":
         if data.document_mask and starts is None and source.eos_token_id is None:

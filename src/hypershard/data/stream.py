@@ -21,11 +21,11 @@ from ..log import logger
 from .documents import read_documents
 from .encode import EncoderSpec
 from .order import SampleOrder
-from .records import DataFile, Malformed, Part, RawDocument
+from .records import DataFile, Encoder, Malformed, Part, RawDocument
 from .rows import Row, row_of
 
 # Documents tokenised in one call: enough to pay for the call, few enough that a lane soon has its first row.
-_BATCH_DOCUMENTS = 8
+_BATCH_DOCUMENTS = 32
 _MOST_TOLD = 5  # malformed rows a lane names before it only counts
 
 
@@ -68,9 +68,10 @@ class StreamSpec:
 class Lane:
     """One lane of a stream with `num_lanes`, from `cursor` on. Raises DataError as reading does."""
 
-    def __init__(self, spec: StreamSpec, *, lane: int, num_lanes: int, cursor: Cursor):
+    def __init__(self, spec: StreamSpec, encoder: Encoder, *, lane: int, num_lanes: int, cursor: Cursor):
+        """`encoder` is the spec's, built once for all lanes of a process."""
         self._spec = spec
-        self._encoder = spec.encoder.build()
+        self._encoder = encoder
         self._parts = lane_parts(spec.files, lane=lane, num_lanes=num_lanes)
         self._lane = lane
         self._order = SampleOrder(len(self._parts), seed=_number(spec.seed, lane))

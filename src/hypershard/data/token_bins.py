@@ -173,7 +173,8 @@ class TokenBins:
                 f"--dataset={self._folder}: {path} has {found_bytes} bytes; expected {expected_bytes} "
                 f"({count} numbers of {dtype.itemsize} bytes); copy it again, or {_MAKE_AGAIN}"
             )
-        return np.memmap(path, dtype=dtype, mode="r") if count else None
+        # As a plain array: each slice of a memmap makes another memmap, which takes longer than the slice.
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else None
 
     @property
     def num_tokens(self) -> int:

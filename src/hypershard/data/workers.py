@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..log import logger, setup_logging
+from .records import Encoder
 from .rows import Row
 from .stream import Cursor, Lane, StreamSpec
 
@@ -91,6 +92,7 @@ class _Reader:
     def __init__(self, specs: Sequence[StreamSpec], num_lanes: int) -> None:
         self._specs = specs
         self._num_lanes = num_lanes
+        self._encoders: dict[int, Encoder] = {}
         self.lanes: dict[tuple[int, int], Lane] = {}
 
     def read(self, wanted: Wanted, cursor: Sequence[int] | NDArray[np.int64]) -> tuple[Row, tuple[int, ...]]:
@@ -100,7 +102,8 @@ class _Reader:
         if lane is None:
             at = Cursor(*(int(number) for number in cursor))
             spec = self._specs[wanted.stream]
-            lane = self.lanes[key] = Lane(spec, lane=wanted.lane, num_lanes=self._num_lanes, cursor=at)
+            encoder = self._encoders.get(wanted.stream) or self._encoders.setdefault(wanted.stream, spec.encoder.build())
+            lane = self.lanes[key] = Lane(spec, encoder, lane=wanted.lane, num_lanes=self._num_lanes, cursor=at)
         while lane.cursor.samples < wanted.index:  # another rank has these
             lane.next()
         return lane.next(), dataclasses.astuple(lane.cursor)

@@ -144,7 +144,7 @@ def look(ranks: Ranks, *, node_port: int, num_bytes: int | None, trouble: str, d
         return dataclasses.replace(seen, absent=(0,), error=seen.error or what)
     if not (seen.ill or seen.absent or trouble):
         seen = _measured(seen, "world", ranks, task, store)
-    _leave(ranks, store, deadline)
+    _leave(ranks, store, ranks.world_size // ranks.local_world_size - len(seen.absent), deadline)
     return seen
 
 
@@ -213,9 +213,8 @@ def _voted(seen: Seen, ranks: Ranks, store: Store, trouble: str, wait_until: flo
     return dataclasses.replace(seen, ill=ill, absent=tuple(absent))
 
 
-def _leave(ranks: Ranks, store: Store, deadline: float) -> None:
-    """Rank 0 serves the store, so it leaves last: when the first rank of each node has said that it is done."""
-    num_nodes = ranks.world_size // ranks.local_world_size
+def _leave(ranks: Ranks, store: Store, num_nodes: int, deadline: float) -> None:
+    """Rank 0 serves the store, so it leaves last: when the first rank of each node that came has said it is done."""
     with contextlib.suppress(RuntimeError, OSError):
         if ranks.local_rank == 0:
             store.add("done", 1)

@@ -116,7 +116,8 @@ def ask(machine: Machine, argv: Sequence[str], *, limit_seconds: float = _PROGRA
         _leave(process)
         return Answer("", f"{argv[0]} gave no answer within {limit_seconds:g} s")
     if process.returncode:
-        said = next((line.strip() for line in text.splitlines() if line.strip()), "nothing")
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing"]
+        said = lines[-1] if lines[0].startswith("Traceback") else lines[0]
         return Answer(text, f"{argv[0]} ended with {process.returncode} and said: {said[:200]}")
     return Answer(text)
 

@@ -44,7 +44,7 @@ class NcclLog:
 
 
 def parse_nccl_log(text: str) -> NcclLog:
-    """Read a NCCL log. Plugins write `Selected Provider is efa (found 4 nics)`, later `provider is efa, fabric is …`."""
+    """Read a NCCL log. The plugin's line was `Selected Provider is efa (found 4 nics)`, now `, fabric is …` is in it."""
 
     def first(pattern: str) -> str:
         match = re.search(pattern, text, flags=re.IGNORECASE | re.MULTILINE)
@@ -214,13 +214,11 @@ def _judge_speed(name: str, seen: Mapping[str, Any], result: Mapping[str, Any], 
 
 def _judge_world(seen: Mapping[str, Any], num_nodes: int, instance_name: str) -> list[Finding]:
     name = "all-reduce over nodes"
-    if seen["absent"]:
-        numbers = ", ".join(map(str, seen["absent"]))
-        fix = 'look at their own output; scontrol show hostnames "$SLURM_STEP_NODELIST" numbers them from 0'
-        return [fail(name, f"not done: nodes {numbers} of {num_nodes} did not come in time", fix)]
-    if seen["ill"]:
-        said = "; ".join(f"node {number}, {text}" for number, text in seen["ill"].items())
-        return [fail(name, f"not done, not all nodes are well: {said}", "mend or leave out those, and run it again")]
+    if seen["absent"] or seen["ill"]:
+        said = [f"node {number} is ill ({text})" for number, text in seen["ill"].items()]
+        said += [f"node {number} did not come in time" for number in seen["absent"]]
+        fix = "nodes are numbered from 0, as in scontrol show hostnames: mend or leave out those, and run it again"
+        return [fail(name, f"not done over {num_nodes} nodes: {'; '.join(said)}", fix)]
     return [_judge_speed(name, seen, seen["world"], bus_bandwidth(instance_name, num_nodes))]
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from ..catalog.instances import Instance
 from ..catalog.instances import instance as find_instance
 from ..errors import ConfigError
-from .environment import SHUTDOWN_SECONDS
 from .job import Job
+from .start import SHUTDOWN_SECONDS
 
 JOB, HYPERPOD_JOB = "Job", "HyperPodPyTorchJob"
 KINDS = (JOB, HYPERPOD_JOB)
@@ -41,7 +41,6 @@ class KubernetesOptions:
 
     `kind`: one of KINDS. `volumes`: (persistent volume claim, where it is mounted); one must hold the run directory.
     `hyperpod`: nodes are HyperPod's, which name their type ml.… and mark sick ones. `queue`, `priority`: of Kueue.
-    `huge_pages_mib` of 2 MiB pages for EFA, which works without; 0: none.
     """
 
     kind: str
@@ -51,7 +50,6 @@ class KubernetesOptions:
     queue: str | None
     priority: str | None
     service_account: str | None
-    huge_pages_mib: int
 
 
 def render(job: Job, options: KubernetesOptions) -> str:
@@ -103,8 +101,6 @@ def _check(job: Job, options: KubernetesOptions) -> None:
             f"--run_dir={job.run_dir}: it would end with its pod; expected a folder on a volume that all pods mount "
             f"(found {mounted}): add --volume CLAIM:/PATH"
         )
-    if options.huge_pages_mib % 2 or options.huge_pages_mib < 0:
-        raise ConfigError(f"--huge_pages_mib={options.huge_pages_mib}: expected a multiple of 2, the size of a page")
 
 
 def _metadata(job: Job, options: KubernetesOptions) -> dict[str, Any]:
@@ -260,28 +256,26 @@ def _container(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         "name": _CONTAINER,
         "image": job.image,
         "env": [{"name": name, "value": value} for name, value in job.environment.items()],
-        "resources": _resources(job, options),
+        "resources": _resources(job),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [
             {"name": "shared-memory", "mountPath": "/dev/shm"},
-            *(
-                {"name": f"volume-{number}", "mountPath": path}
-                for number, (_, path) in enumerate(options.volumes)
-            ),
+            *({"name": f"volume-{number}", "mountPath": path} for number, (_, path) in enumerate(options.volumes)),
         ],
     }
 
 
-def _resources(job: Job, options: KubernetesOptions) -> dict[str, Any]:
-    """Devices are asked for by limits, which are requests too. Half the node's cores and memory keep other jobs off."""
+def _resources(job: Job) -> dict[str, Any]:
+    """Devices are asked for by limits, which are requests too. Half the node's cores and memory keep other jobs off.
+
+    No huge pages: the job's environment turns EFA's off.
+    """
     row = _row(job)
     limits: dict[str, Any] = {}
     if job.resources.gpus_per_node:
         limits["nvidia.com/gpu"] = job.resources.gpus_per_node
     if job.resources.efa_interfaces:
         limits["vpc.amazonaws.com/efa"] = job.resources.efa_interfaces
-        if options.huge_pages_mib:
-            limits["hugepages-2Mi"] = f"{options.huge_pages_mib}Mi"
     requests = {} if row is None else {"cpu": row.num_vcpus // 2, "memory": f"{row.ram_gib // 2}Gi"}
     return {name: value for name, value in (("limits", limits), ("requests", requests)) if value}
 

@@ -25,7 +25,7 @@ from .sagemaker_environment import channel_flags, flags_of
 from .surroundings import ML, NodePlace, Platform, find_place, read_object
 
 START_SECONDS = 1200.0  # until all nodes are there: a large image takes this long to be fetched
-_SHUTDOWN_SECONDS = 100  # torchrun's own patience with ranks it ends; SageMaker kills 120 s after asking to stop
+SHUTDOWN_SECONDS = 100  # torchrun's own patience with ranks it ends; SageMaker kills 120 s after asking to stop
 _RUN_DIR = ML / "output/data"  # SageMaker keeps it when the job ends
 _PROGRAM = ("-m", "hypershard.cli.main")
 _ANSWERED_ONCE = {"-h", "--help", "--show_config"}
@@ -52,6 +52,14 @@ def run_here(job: Job) -> int:
 
     Raises ConfigError for a job of several nodes or in an image: those are for a cluster.
     """
+    ending = supervise(local_command(job), {**os.environ, **job.environment}, NodePlace())
+    if ending.error:
+        logger.error(redact(ending.error))
+    return ending.code
+
+
+def local_command(job: Job) -> list[str]:
+    """What `run_here` runs. Raises ConfigError as it does."""
     if job.resources.num_nodes != 1:
         raise ConfigError(f"--nodes={job.resources.num_nodes}: this machine is one node; use 1")
     if job.image is not None:
@@ -59,10 +67,7 @@ def run_here(job: Job) -> int:
     flags = [*job.train_flags, f"--max_restarts={job.max_restarts}"]
     if job.resources.gpus_per_node:
         flags.append(f"--nproc_per_node={job.resources.gpus_per_node}")
-    ending = supervise(_training(flags, NodePlace()), {**os.environ, **job.environment}, NodePlace())
-    if ending.error:
-        logger.error(redact(ending.error))
-    return ending.code
+    return _training(flags, NodePlace())
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], place: NodePlace) -> Ending:
@@ -72,7 +77,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], place: Nod
     )
     logger.info(redact(" ".join(command[1:]), environment))
     added = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
         # Ranks that are started again meet in a store of their own. In the agents' they may find the keys of those
         # before: it tells starts apart by a count that each agent keeps for itself, of its own ranks' failures only.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -103,24 +103,22 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 def summarise(events: Iterable[Mapping[str, Any]], *, job: str | None) -> Record:
     """What `events` say, counting launches of `job` alone (None: of any job)."""
-    stuck, step = 0, 0
+    stuck, step, is_ours = 0, 0, True
     end: Mapping[str, Any] | None = None
     last_error: str | None = None
     for event in events:
         kind = event["event"]
         if kind == "launched":
             end = None
-            if job is None or str(event.get("job")) == job:
-                stuck += 1
-            else:
-                stuck, last_error = 0, None
+            is_ours = job is None or str(event.get("job")) == job
+            stuck = stuck + 1 if is_ours else 0
         elif kind in ("started", "saved", "stopped") and isinstance(event.get("step"), int) and event["step"] > step:
             step = event["step"]
             # A launch that begins further on has still to show that it comes further itself.
             stuck = min(stuck, 1) if kind == "started" else 0
         if kind in ("stopped", "failed"):
             end = event
-        if kind == "failed":
+        if kind == "failed" and is_ours:
             last_error = _one_line(str(event.get("error", "")))
     return Record(stuck_launches=stuck, step=step, end=end, last_error=last_error)
 

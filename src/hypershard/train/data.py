@@ -11,7 +11,7 @@ from typing import Any
 from ..config.schema import Config, DataConfig
 from ..data.feed import Feed, encoded_cursors, merged_cursors
 from ..data.loader import Loader, Share, validation_batches
-from ..data.open import Dataset, open_dataset, prepare_dataset
+from ..data.open import Dataset, Text, open_dataset, prepare_dataset
 from ..data.packing import Batch
 from ..data.sequences import packing_of, training_sources, validation_sources
 from ..data.stream import StreamSpec
@@ -100,7 +100,10 @@ def build_data(
             "fingerprint": dataset.fingerprint,
             "seed": data.seed,
             "context": context_tokens,
-            "packing": [vars(packing_of(member, data)) for member in dataset.members],
+            "packing": [
+                vars(packing_of(data, is_chat=member.is_chat, is_stream=isinstance(member.train, Text)))
+                for member in dataset.members
+            ],
             "shuffle_window": data.shuffle_window if feed.is_stream else None,
         },
     )

@@ -1,0 +1,125 @@
+"""`hypershard launch kubernetes`: write a job's manifests, or hand them to kubectl."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, HypershardError
+from ..launch.build import build_job
+from ..launch.kubernetes import JOB, KINDS, KubernetesOptions, render
+from ..storage import make_directory, write_bytes
+
+_DESCRIPTION = """\
+Train on Kubernetes: an Indexed Job with one pod per node and a headless Service, which need nothing installed in the
+cluster but the device plugins; or a HyperPodPyTorchJob for HyperPod's training operator. The manifests are applied,
+printed (--dry_run) or written (--write). Flags that are not listed here are flags of `hypershard train`.
+"""
+_EXAMPLES = """\
+examples:
+  hypershard launch kubernetes --model llama3_8b --instance p5 --nodes 4 --image=REGISTRY/hypershard:1 \\
+    --volume fsx-claim:/fsx --run_dir /fsx/runs/one --dataset=/fsx/data/bins --dry_run
+  hypershard launch kubernetes … --kind HyperPodPyTorchJob --queue hyperpod-ns-team-localqueue --write job.yaml
+"""
+_HOURS, _MAX_RESTARTS = 24.0, 3
+_TEXTS = {
+    "namespace": "namespace; default: kubectl's own",
+    "queue": "local queue of Kueue, as HyperPod task governance uses",
+    "priority": "priority class of Kueue's workloads",
+    "service_account": "service account, which gives the pods their AWS role; default: the namespace's",
+}
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "kubernetes",
+        help="write or apply the manifests of a job",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="NAME", help="model file, as of `hypershard train`")
+    parser.add_argument("--instance", metavar="TYPE", help="p5, p5.48xlarge, ...; default: nodes without GPUs")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="pods, one on each node (default: 1)")
+    parser.add_argument("--hours", type=float, default=_HOURS, metavar="X", help=f"time limit (default: {_HOURS:g})")
+    parser.add_argument("--run_dir", required=True, metavar="DIR", help="folder of the run, on a --volume")
+    parser.add_argument("--image", metavar="IMAGE", help="container image, made by docker/Dockerfile")
+    parser.add_argument(
+        "--volume", action="append", default=[], metavar="CLAIM:/PATH", help="persistent volume claim; repeatable"
+    )
+    parser.add_argument("--name", help="the job's name; default: made of model, instance and nodes")
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=_MAX_RESTARTS,
+        metavar="N",
+        help=f"of the ranks in their pods, and of the pods (default: {_MAX_RESTARTS})",
+    )
+    parser.add_argument("--kind", choices=KINDS, default=JOB, help="what is written (default: %(default)s)")
+    parser.add_argument("--hyperpod", action="store_true", help="the nodes are HyperPod's, whose types are named ml.…")
+    for name, text in _TEXTS.items():
+        parser.add_argument(f"--{name}", metavar="NAME", help=text)
+    parser.add_argument(
+        "--environment", action="append", default=[], metavar="NAME=VALUE", help="variable for every rank; repeatable"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--dry_run", action="store_true", help="print the manifests, apply nothing")
+    output.add_argument("--write", type=Path, metavar="FILE", help="write them to a file")
+    parser.set_defaults(do=kubernetes, takes_train_flags=True, train_flags=[])
+
+
+def kubernetes(args: argparse.Namespace) -> int:
+    """Print, write or apply. Raises ConfigError for wrong flags, HypershardError with what kubectl said."""
+    text = _text(args)
+    if args.dry_run:
+        print(text, end="")
+    elif args.write is not None:
+        make_directory(args.write.parent)
+        write_bytes(args.write, text.encode())
+        print(f"kubectl apply -f {args.write}")
+    else:
+        print(apply(text))
+    return 0
+
+
+def apply(text: str) -> str:
+    """Hand manifests to kubectl; what it says. Raises ConfigError without one, HypershardError when it refuses."""
+    if shutil.which("kubectl") is None:
+        raise ConfigError("found no kubectl on this machine; --dry_run prints the manifests, --write FILE keeps them")
+    done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HypershardError(f"kubectl refused the job: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _text(args: argparse.Namespace) -> str:
+    job = build_job(
+        train_flags=args.train_flags,
+        model_name=args.model,
+        instance=args.instance,
+        num_nodes=args.nodes,
+        run_dir=args.run_dir,
+        hours=args.hours,
+        image=args.image,
+        max_restarts=args.max_restarts,
+        name=args.name,
+        extra_environment=dict(_pair("--environment", word, "=", "NAME=VALUE") for word in args.environment),
+    )
+    options = KubernetesOptions(
+        kind=args.kind,
+        volumes=tuple(_pair("--volume", word, ":", "CLAIM:/PATH") for word in args.volume),
+        hyperpod=args.hyperpod,
+        **{name: getattr(args, name) for name in _TEXTS},
+    )
+    return render(job, options)
+
+
+def _pair(flag: str, word: str, separator: str, expected: str) -> tuple[str, str]:
+    name, found, value = word.partition(separator)
+    if not found:
+        raise ConfigError(f"{flag} {name}: expected {expected}")
+    return name, value
