@@ -6,10 +6,10 @@ DEMO_DIR ?= runs/demo
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu bench-checkpoint chaos clean
+.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu bench-data bench-checkpoint chaos doctor clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create the virtual environment and install everything
 $(INSTALLED): pyproject.toml constraints.txt
@@ -50,11 +50,26 @@ bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU; OUTPUT=dir fo
 bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer with FSDP2
 	$(BIN)/python benchmarks/cpu_train.py
 
+bench-data: $(INSTALLED) ## prepare and loaders against Hugging Face datasets and torch's DataLoader
+	$(BIN)/python benchmarks/data.py $(if $(OUTPUT),--output $(OUTPUT))
+
 bench-checkpoint: $(INSTALLED) ## stall, bandwidth and restore time of every tier against plain copies, torch's and AWS's writers
 	$(BIN)/python benchmarks/checkpoint.py $(if $(OUTPUT),--output $(OUTPUT))
 
 chaos: $(INSTALLED) ## break a training 200 times (FAULTS=n) on two nodes of namespaces (root; some 20 minutes); SEED=n replays
 	$(BIN)/python -m tests.faults.chaos --faults $(or $(FAULTS),200) $(if $(SEED),--seed $(SEED))
+
+# On clusters. A login node needs no torch: without an installed environment the python3 at hand runs the source.
+HYPERSHARD ?= $(if $(wildcard $(BIN)/hypershard),$(BIN)/hypershard,PYTHONPATH=src $(PYTHON) -m hypershard.cli.main)
+LAUNCH ?= $(if $(shell command -v sbatch 2>/dev/null),slurm)
+
+%-train: ## p5-train, g6e-train, ...: MODEL=name NODES=n; DRY_RUN=1 prints it; LAUNCH=sagemaker; FLAGS="of training"
+	@test -n '$(MODEL)' || { echo 'make $@: set MODEL, as in: make $@ MODEL=llama3_8b NODES=4' >&2; exit 2; }
+	@test -n '$(LAUNCH)' || { echo 'make $@: no sbatch here; set LAUNCH=sagemaker or kubernetes (or slurm, with DRY_RUN=1)' >&2; exit 2; }
+	@$(HYPERSHARD) launch $(LAUNCH) --model '$(MODEL)' --instance '$*' $(if $(NODES),--nodes '$(NODES)') $(if $(filter-out 0,$(DRY_RUN)),--dry_run) $(FLAGS)
+
+doctor: ## what this machine or cluster is, what is missing, and how to mend it
+	@$(HYPERSHARD) doctor
 
 clean: ## remove the environment and caches, keep runs/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -21,7 +21,7 @@ from data_path.loading import BATCH_SIZE, CONTEXT, write_arrow
 from data_path.text import write_text
 from results_file import save
 
-from hypershard.data.encoding_pool import num_cores
+from hypershard.data.bins.encoding_pool import num_cores
 
 HERE = Path(__file__).parent / "data_path"
 PARTS = ("prepare", "bins", "stream")

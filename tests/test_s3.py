@@ -464,8 +464,14 @@ def test_a_stalled_server_costs_no_more_than_the_deadline_and_one_time_out(
     upload(s3, b"content", "small")
     proxy.set(Rule(Fault(stall=True), "GET"), Rule(Fault(stall=True), "PUT", "partNumber"))
     for doing, said in (
-        (lambda: hasty.read(BASE / "small", deadline=Deadline.after(0.3)), "reading .*(limit 0.3 s: .*time|not done within 0.3 s)"),
-        (lambda: hasty.list_objects(BASE, deadline=Deadline.after(0.3)), "listing .*(limit 0.3 s: .*time|not done within 0.3 s)"),
+        (
+            lambda: hasty.read(BASE / "small", deadline=Deadline.after(0.3)),
+            "reading .*(limit 0.3 s: .*time|not done within 0.3 s)",
+        ),
+        (
+            lambda: hasty.list_objects(BASE, deadline=Deadline.after(0.3)),
+            "listing .*(limit 0.3 s: .*time|not done within 0.3 s)",
+        ),
         (lambda: upload(hasty, deadline=Deadline.after(0.3)), "writing part . of .* 0.3 s"),
     ):
         proxy.seen.clear()

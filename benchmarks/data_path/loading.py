@@ -17,11 +17,11 @@ import torch
 
 from hypershard.config.schema import DataConfig
 from hypershard.data.embedded import TOKENIZER_PATH
+from hypershard.data.encode.tokenizer import load_tokenizer
 from hypershard.data.feed import Feed
 from hypershard.data.loader import Loader, Share
 from hypershard.data.open import open_dataset
 from hypershard.data.sequences import training_sources
-from hypershard.data.tokenizer import load_tokenizer
 
 CONTEXT, BATCH_SIZE = 2048, 8
 WARMUP_STEPS = 8

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.encode import encoder_spec
-from hypershard.data.files import find_files
-from hypershard.data.tokenizer import load_tokenizer
+from hypershard.data.encode.encoder import encoder_spec
+from hypershard.data.encode.tokenizer import load_tokenizer
+from hypershard.data.read.files import find_files
 
 
 def hypershard(text: Path, output: Path, num_processes: int) -> dict[str, float]:
     """Token bins with a validation split, checksums and document starts."""
-    from hypershard.data.prepare import SPLIT_SEED, VAL_SHARE, prepare
+    from hypershard.data.bins.prepare import SPLIT_SEED, VAL_SHARE, prepare
 
     started_at = time.perf_counter()
     spec = encoder_spec(

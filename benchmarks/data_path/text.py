@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from hypershard.data.documents import read_documents
 from hypershard.data.embedded import CORPUS_PATH
+from hypershard.data.read.documents import read_documents
 from hypershard.data.records import WHOLE, DataFile
 
 # Of ten words one becomes another of the corpus, so that no copy is like the one before to a tokenizer's cache.

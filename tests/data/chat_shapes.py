@@ -10,9 +10,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, processors
 
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.encode import EncoderSpec, encoder_spec
+from hypershard.data.encode.encoder import EncoderSpec, encoder_spec
+from hypershard.data.encode.tokenizer import load_tokenizer
 from hypershard.data.records import Encoded, Malformed, RawDocument
-from hypershard.data.tokenizer import load_tokenizer
 
 # Qwen2: a system prompt of its own where the conversation has none.
 CHATML = (

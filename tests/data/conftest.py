@@ -10,10 +10,10 @@ from data_texts import documents, write_jsonl
 from prepared import prepared
 
 from hypershard.config.schema import DataConfig
-from hypershard.data import encoding_pool, prepare
+from hypershard.data.bins import encoding_pool, prepare
+from hypershard.data.bins.prepare import VAL_SHARE
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.prepare import VAL_SHARE
-from hypershard.data.tokenizer import TextTokenizer, load_tokenizer
+from hypershard.data.encode.tokenizer import TextTokenizer, load_tokenizer
 
 FORMATS = ("txt", "jsonl", "jsonl_folder", "bins", "embedded")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hypershard.data.bins.prepare import prepare
+from hypershard.data.bins.token_bins import BinsMeta, TokenBins
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.encode import EncoderSpec, encoder_spec
-from hypershard.data.files import find_files
-from hypershard.data.prepare import prepare
+from hypershard.data.encode.encoder import EncoderSpec, encoder_spec
+from hypershard.data.encode.tokenizer import load_tokenizer
+from hypershard.data.read.files import find_files
 from hypershard.data.records import DataFile
-from hypershard.data.token_bins import BinsMeta, TokenBins
-from hypershard.data.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>\n{% endfor %}"

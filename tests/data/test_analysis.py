@@ -17,12 +17,13 @@ from pyarrow import parquet
 from tests.conftest import BUCKET
 
 from hypershard.config.schema import DataConfig
-from hypershard.data import advice, analysis, tally
-from hypershard.data import documents as reading
-from hypershard.data.advice import Plan, fit_of, mixture_warnings, uses_of, warnings, worth_in_epochs
-from hypershard.data.analysis import DatasetAnalysis, analyze, analyze_dataset
-from hypershard.data.measured import Measured
+from hypershard.data.analysis import advice, tally
+from hypershard.data.analysis import analyze as analysis
+from hypershard.data.analysis.advice import Plan, fit_of, mixture_warnings, uses_of, warnings, worth_in_epochs
+from hypershard.data.analysis.analyze import DatasetAnalysis, analyze, analyze_dataset
+from hypershard.data.analysis.measured import Measured
 from hypershard.data.open import open_dataset
+from hypershard.data.read import documents as reading
 from hypershard.data.sequences import training_sources
 from hypershard.errors import DataError
 

@@ -16,8 +16,8 @@ import zstandard
 from pyarrow import parquet
 from tests.conftest import BUCKET
 
-from hypershard.data import documents
-from hypershard.data.documents import read_documents
+from hypershard.data.read import documents
+from hypershard.data.read.documents import read_documents
 from hypershard.data.records import WHOLE, DataFile, Part
 from hypershard.errors import DataError
 from hypershard.remote_files import list_files

@@ -10,9 +10,9 @@ from data_texts import documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.encode import encoder_spec, guess_kind, in_spans
+from hypershard.data.encode.encoder import encoder_spec, guess_kind, in_spans
+from hypershard.data.encode.tokenizer import load_tokenizer
 from hypershard.data.records import Encoded, Malformed, RawDocument
-from hypershard.data.tokenizer import load_tokenizer
 from hypershard.errors import DataError
 
 

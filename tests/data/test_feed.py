@@ -19,17 +19,17 @@ import torch
 from data_texts import documents
 from test_rows import Tokens
 
-from hypershard.data.documents import read_documents
-from hypershard.data.encode import EncoderSpec, encoder_spec
+from hypershard.data.encode.encoder import EncoderSpec, encoder_spec
+from hypershard.data.encode.tokenizer import TextTokenizer
 from hypershard.data.feed import Feed, Source, encoded_cursors, merged_cursors
 from hypershard.data.loader import Loader, Share
 from hypershard.data.order import SampleOrder
 from hypershard.data.packing import Batch
 from hypershard.data.packs import best_fit
+from hypershard.data.read.documents import read_documents
 from hypershard.data.records import WHOLE, DataFile
 from hypershard.data.rows import Packs, Rows, Windows
 from hypershard.data.stream import Cursor, Lane, StreamSpec, lane_parts, validates
-from hypershard.data.tokenizer import TextTokenizer
 from hypershard.data.workers import MAX_DEATHS
 from hypershard.errors import CheckpointError, DataError
 
@@ -285,7 +285,9 @@ def test_a_window_shuffles_so_far_and_no_farther(
         list(range(begin, begin + 10)) for begin in range(0, 160, 10)
     ]
     assert found != sorted(found)
-    other = Lane(spec_of(files["one"], encoder, window=10, seed=4), encoder.build(), lane=0, num_lanes=1, cursor=Cursor())
+    other = Lane(
+        spec_of(files["one"], encoder, window=10, seed=4), encoder.build(), lane=0, num_lanes=1, cursor=Cursor()
+    )
     assert [int(text.split()[0]) for text in texts_of(other, tokenizer, 160)] != found
 
 

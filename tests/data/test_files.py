@@ -11,10 +11,10 @@ import pytest
 from pyarrow import parquet
 from tests.conftest import BUCKET
 
-from hypershard.data.cards import glob_pattern
-from hypershard.data.documents import read_documents
-from hypershard.data.files import find_files
-from hypershard.data.formats import Format, format_of
+from hypershard.data.read.cards import glob_pattern
+from hypershard.data.read.documents import read_documents
+from hypershard.data.read.files import find_files
+from hypershard.data.read.formats import Format, format_of
 from hypershard.data.records import WHOLE
 from hypershard.errors import DataError
 

@@ -15,10 +15,10 @@ import pytest
 from tests.hub_server import TOKEN, Busy, HubServer, Repository
 from tests.s3_server import Fault, FaultProxy, Rule
 
-from hypershard.data import hub
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.files import find_files
-from hypershard.data.hub import fetch_tokenizer, list_dataset
+from hypershard.data.read import hub
+from hypershard.data.read.files import find_files
+from hypershard.data.read.hub import fetch_tokenizer, list_dataset
 from hypershard.errors import DataError, StorageError
 from hypershard.remote_files import Patience, hub_request, open_file
 
@@ -244,7 +244,7 @@ def test_what_hf_download_fetched_is_read_without_the_hub(server, tmp_path, monk
 def test_many_processes_at_once_make_one_listing(server, tmp_path):
     server.busy = [Busy("/revision/", times=1, headers={"Retry-After": "1"})]
     code = (
-        "import sys; from pathlib import Path; from hypershard.data.files import find_files;"
+        "import sys; from pathlib import Path; from hypershard.data.read.files import find_files;"
         "print(len(find_files('org/set', dataset_config_name=None, cache_dir=Path(sys.argv[1]))))"
     )
     environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}

@@ -8,8 +8,8 @@ from chat_shapes import assistant, chat_spec, line, user
 from rich.console import Console
 from test_encode import piece, text_spec
 
-from hypershard.data import inspect
-from hypershard.data.inspect import show
+from hypershard.data.encode import inspect
+from hypershard.data.encode.inspect import show
 
 
 def shown(documents, spec, *, limit=10, **console):

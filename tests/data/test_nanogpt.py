@@ -9,8 +9,8 @@ import pytest
 from data_texts import documents, write_jsonl
 from prepared import prepared
 
+from hypershard.data.bins.nanogpt import is_nanogpt, open_nanogpt
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.nanogpt import is_nanogpt, open_nanogpt
 from hypershard.errors import DataError
 
 

@@ -13,11 +13,11 @@ import pytest
 from data_texts import documents, names_in, write_jsonl
 from prepared import TEMPLATE, contents, decoded, listed, prepared, spec_of
 
-from hypershard.data import prepare as prepare_file
-from hypershard.data.documents import read_documents
-from hypershard.data.files import find_files
+from hypershard.data.bins import prepare as prepare_file
+from hypershard.data.bins.token_bins import open_token_bins, verify
+from hypershard.data.read.documents import read_documents
+from hypershard.data.read.files import find_files
 from hypershard.data.records import WHOLE
-from hypershard.data.token_bins import open_token_bins, verify
 from hypershard.errors import DataError
 
 

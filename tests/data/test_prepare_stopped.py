@@ -15,15 +15,17 @@ import pytest
 from data_texts import documents, names_in, write_jsonl
 from prepared import contents, prepared
 
-from hypershard.data import encoding_pool
-from hypershard.data.token_bins import verify
+from hypershard.data.bins import encoding_pool
+from hypershard.data.bins.token_bins import verify
 from hypershard.errors import DataError, HypershardError, StorageError
 
 _STOPPED = """
 import multiprocessing, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from hypershard.data import encoding_pool, prepare as p, unfinished
+from hypershard.data.bins import encoding_pool
+from hypershard.data.bins import prepare as p
+from hypershard.data.bins import unfinished
 from prepared import prepared
 
 if __name__ == "__main__":

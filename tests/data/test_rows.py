@@ -28,7 +28,7 @@ class Tokens:
         self.eos_token_id = EOS if starts is None else None
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        assert 0 <= start and start + count <= self.num_tokens
+        assert start >= 0 and start + count <= self.num_tokens
         return self._tokens[start : start + count]
 
     def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:

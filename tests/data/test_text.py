@@ -9,8 +9,8 @@ import pytest
 from data_texts import documents, names_in, write_jsonl
 from prepared import listed, spec_of
 
-from hypershard.data.text import prepare_text
-from hypershard.data.token_bins import open_token_bins, verify
+from hypershard.data.bins.text import prepare_text
+from hypershard.data.bins.token_bins import open_token_bins, verify
 from hypershard.errors import DataError
 
 
@@ -80,7 +80,7 @@ _PREPARE_TEXT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from hypershard.data import text
+from hypershard.data.bins import text
 from hypershard.log import setup_logging
 from prepared import listed, spec_of
 

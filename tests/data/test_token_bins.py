@@ -8,7 +8,7 @@ import pytest
 from data_texts import documents, write_jsonl
 from prepared import TEMPLATE, prepared, spec_of
 
-from hypershard.data.token_bins import dtype_for, numpy_dtype, open_token_bins, read_meta, verify
+from hypershard.data.bins.token_bins import dtype_for, numpy_dtype, open_token_bins, read_meta, verify
 from hypershard.errors import DataError
 
 

@@ -8,7 +8,7 @@ from chat_shapes import save_tokenizer
 from tokenizers import Tokenizer, models
 
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.tokenizer import load_tokenizer
+from hypershard.data.encode.tokenizer import load_tokenizer
 from hypershard.errors import DataError
 
 

@@ -7,8 +7,8 @@ import threading
 import pytest
 from data_texts import names_in
 
-from hypershard.data import unfinished
-from hypershard.data.unfinished import Unfinished, locked
+from hypershard.data.bins import unfinished
+from hypershard.data.bins.unfinished import Unfinished, locked
 from hypershard.errors import DataError, StorageError
 
 

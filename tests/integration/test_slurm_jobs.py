@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "slurm" / "tiny_llama.sbatch"
 FLAGS = {**SMALL, "model": None, "bf16": None, "max_steps": 40}
 WAIT_SECONDS = 120.0
-SLOW = 3_000_000  # bytes per second between the nodes: about a step a second, without any work for the processors
+SLOW = 6_000_000  # bytes per second that a node sends: nearly a second a step, and no work for the processors
 FAST = 1_000_000_000
 
 
@@ -111,7 +111,7 @@ def undisturbed(made: Slurm, tmp_path_factory: pytest.TempPathFactory) -> list[t
 
 
 def test_a_time_limit_saves_and_the_requeued_job_goes_on(cluster: Cluster, undisturbed: list[tuple[Any, ...]]) -> None:
-    cluster.set_speed(SLOW)
+    cluster.set_speed(SLOW // 2)
     # The signal is due as soon as the limit is lowered; Slurm looks every 30 s.
     job = cluster.submit("--time=30", "--signal=B:USR1@119", variables={"SAVE_SECONDS": "30"})
     cluster.wait_for_step(2, job)

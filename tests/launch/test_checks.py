@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.launch.recorded import program, smi
+from tests.s3_server import Server
 
 from hypershard.catalog.instances import instance
 from hypershard.launch import checks_cloud, checks_gpu, checks_host, checks_network, checks_place
 from hypershard.launch.checks_base import Finding, Machine, Remedy, Status, version_of
-from tests.launch.recorded import program, smi
-from tests.s3_server import Server
 
 BUCKET = "checkpoints"  # of the fixture s3_server
 P5 = instance("p5.48xlarge")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.launch.recorded import program, smi
 
 from hypershard.catalog.instances import instance
 from hypershard.distributed.env import Ranks
@@ -21,7 +22,6 @@ from hypershard.launch import checks_gpu, doctor
 from hypershard.launch.checks_base import Check, Finding, Machine, Remedy, Status, ask, ok, run_checks
 from hypershard.launch.checks_probe import NcclLog, Outcome, judge, parse_nccl_log, run_probe
 from hypershard.launch.verdict import unwell
-from tests.launch.recorded import program, smi
 
 P5 = instance("p5.48xlarge")
 

@@ -11,7 +11,8 @@ from hypershard.report.terminal import draw_curve, render
 def write_run(path: Path, num_steps: int) -> None:
     records = [
         {"step": step, "loss": 8.0 - step / 10, "grad_norm": 1.0, "lr": 1e-3, "tokens": step * 512, "step_seconds": 0.5,
-         "tokens_per_second": 1024.0, "mfu": None, "memory_bytes": 2**30, "skipped": False, "data_seconds": 0.02, "padding": 0.125}
+         "tokens_per_second": 1024.0, "mfu": None, "memory_bytes": 2**30, "skipped": False,
+         "data_seconds": 0.02, "padding": 0.125}
         for step in range(1, num_steps + 1)
     ]  # fmt: skip
     records.append({"step": num_steps, "validation_loss": 7.0, "tokens": 1})

@@ -201,7 +201,7 @@ def _export(args: argparse.Namespace) -> int:
 
     from ..checkpoint.hf import Export, export_hf
     from ..config.schema import ModelConfig
-    from ..data.tokenizer import load_tokenizer
+    from ..data.encode.tokenizer import load_tokenizer
     from ..models.family import family_of
     from .place import place_tokenizer
 

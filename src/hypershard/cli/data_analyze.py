@@ -20,8 +20,8 @@ from ..units import format_count
 from .prepare import shown_progress
 
 if TYPE_CHECKING:
-    from ..data.advice import DataWarning, Fit, Plan, Use
-    from ..data.analysis import DatasetAnalysis
+    from ..data.analysis.advice import DataWarning, Fit, Plan, Use
+    from ..data.analysis.analyze import DatasetAnalysis
 
 _DESCRIPTION = """\
 Count the documents (or conversations) of a data set: how long they are, how many occur twice, hold next to nothing or
@@ -105,9 +105,9 @@ def analyze(args: argparse.Namespace) -> int:
         from ..report.pictures import require_picture
 
         require_picture(picture)
-    from ..data.advice import mixture_warnings, uses_of, warnings
-    from ..data.analysis import analyze_dataset
-    from ..data.encoding_pool import num_cores
+    from ..data.analysis.advice import mixture_warnings, uses_of, warnings
+    from ..data.analysis.analyze import analyze_dataset
+    from ..data.bins.encoding_pool import num_cores
 
     with shown_progress() as progress:
         found = analyze_dataset(data, sample=args.sample, num_processes=num_cores(), progress=progress)
@@ -139,7 +139,7 @@ def _data(args: argparse.Namespace) -> DataConfig:
 
 def _plan(args: argparse.Namespace) -> Plan | None:
     """None without --max_context_width. ConfigError: flags that need it, or a batch that is no whole number."""
-    from ..data.advice import Plan
+    from ..data.analysis.advice import Plan
 
     if "max_context_width" not in args:
         given = [name for name in _NEED_CONTEXT if name in args]
@@ -164,7 +164,7 @@ def _plan(args: argparse.Namespace) -> Plan | None:
 
 def _fit(analysis: DatasetAnalysis, data: DataConfig, plan: Plan) -> Fit:
     """As training would pack it."""
-    from ..data.advice import fit_of
+    from ..data.analysis.advice import fit_of
     from ..data.sequences import packing_of
 
     packed = packing_of(data, is_chat=analysis.is_chat, is_stream=False)
@@ -269,7 +269,7 @@ def _histogram(analysis: DatasetAnalysis, width: int, *, context_tokens: int | N
 
 def _fits(analysis: DatasetAnalysis, plan: Plan) -> list[str]:
     """What each way of packing would do."""
-    from ..data.advice import fit_of
+    from ..data.analysis.advice import fit_of
 
     unit = _unit(analysis)
     lines = [f"  sequences of {plan.context_tokens:,} tokens"]

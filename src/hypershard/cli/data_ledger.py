@@ -52,7 +52,7 @@ def ledger(args: argparse.Namespace) -> int:
     last = args.step if args.last is None else args.last
     if not 1 <= args.step <= last:
         raise DataError(f"--step={args.step}, --last={last}: expected 1 or more, and no last step before the first")
-    from ..data.tokenizer import kept_tokenizer, load_tokenizer
+    from ..data.encode.tokenizer import kept_tokenizer, load_tokenizer
 
     tokenizer = None
     if args.text:

@@ -16,7 +16,7 @@ from .place import place_tokenizer
 if TYPE_CHECKING:
     import torch
 
-    from ..data.tokenizer import TextTokenizer
+    from ..data.encode.tokenizer import TextTokenizer
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
     args = build_parser().parse_args(argv)
-    from ..data.tokenizer import load_tokenizer
+    from ..data.encode.tokenizer import load_tokenizer
 
     place = existing_place(args.run_dir)
     whole = [found.stored for found in survey(place) if found.is_complete]

@@ -21,7 +21,7 @@ def place_tokenizer(place: Place, given: str | None) -> Iterator[Path | None]:
 
     From a bucket it is fetched into a folder that lives as long as the block.
     """
-    from ..data.tokenizer import kept_tokenizer
+    from ..data.encode.tokenizer import kept_tokenizer
 
     if given is not None:
         yield local_path(given, flag="--tokenizer")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from ..config.flags import coerce
 from ..config.schema import SETTINGS, DataConfig
-from ..data.recipes import RECIPES
+from ..data.bins.recipes import RECIPES
 from ..errors import ConfigError
 from ..units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from ..data.bins.prepare import Progress
+    from ..data.bins.token_bins import BinsMeta
     from ..data.open import Text
-    from ..data.prepare import Progress
-    from ..data.token_bins import BinsMeta
 
 _DESCRIPTION = """\
 Turn documents into token ids once, so that training starts at once. Reads .txt, JSON lines, Parquet and Arrow (text
@@ -142,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
 def _verify(args: argparse.Namespace) -> int:
     if args.input is not None or args.output is not None or args.inspect is not None:
         raise ConfigError(f"--verify={args.verify} takes no INPUT, --output or --inspect; leave them out")
-    from ..data.token_bins import verify
+    from ..data.bins.token_bins import verify
     from ..storage import local_path
 
     folder = local_path(args.verify, flag="--verify")
@@ -157,8 +157,8 @@ def _verify(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     if args.output is not None or args.inspect < 1:
         raise ConfigError("--inspect takes a number of documents, 1 at least, and no --output")
-    from ..data.documents import read_documents
-    from ..data.inspect import show
+    from ..data.encode.inspect import show
+    from ..data.read.documents import read_documents
     from ..data.records import WHOLE
 
     text = _text(args)
@@ -172,8 +172,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _prepare(args: argparse.Namespace) -> int:
     if args.num_processes is not None and args.num_processes < 1:
         raise ConfigError(f"--num_processes={args.num_processes}: expected at least 1")
-    from ..data.encoding_pool import num_cores
-    from ..data.prepare import prepare
+    from ..data.bins.encoding_pool import num_cores
+    from ..data.bins.prepare import prepare
     from ..storage import local_path
 
     output = local_path(args.output, flag="--output")
@@ -242,7 +242,7 @@ def _summary(output: Path, meta: BinsMeta, seconds: float) -> str:
 def shown_progress() -> Iterator[Callable[[Progress], None]]:
     """A moving bar on a terminal; elsewhere a log line every few seconds."""
     if not sys.stderr.isatty():
-        from ..data.prepare import log_progress
+        from ..data.bins.prepare import log_progress
 
         yield log_progress()
         return

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from ..log import logger
 from ..storage import make_directory, write_bytes
-from .documents import read_documents
-from .encode import EncoderSpec
+from .encode.encoder import EncoderSpec
+from .read.documents import read_documents
 from .records import WHOLE, DataFile, Malformed, RawDocument
 from .stream import validates
 

@@ -11,20 +11,20 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..errors import DataError
 from ..log import logger
-from .documents import read_documents
+from .bins.nanogpt import is_nanogpt, open_nanogpt
+from .bins.prepare import VAL_SHARE
+from .bins.text import prepare_text
+from .bins.token_bins import META_FILE, open_token_bins, read_meta
 from .embedded import CORPUS_PATH, TOKENIZER_PATH
-from .encode import EncoderSpec, encoder_spec, guess_kind
-from .files import find_files
+from .encode.encoder import EncoderSpec, encoder_spec, guess_kind
+from .encode.tokenizer import TextTokenizer, load_tokenizer
 from .held_out import HeldOut, hold_out
-from .hub import fetch_tokenizer
 from .mixture import parse_dataset
-from .nanogpt import is_nanogpt, open_nanogpt
-from .prepare import VAL_SHARE
+from .read.documents import read_documents
+from .read.files import find_files
+from .read.hub import fetch_tokenizer
 from .records import WHOLE, DataFile
 from .source import TokenSource
-from .text import prepare_text
-from .token_bins import META_FILE, open_token_bins, read_meta
-from .tokenizer import TextTokenizer, load_tokenizer
 
 EMBEDDED = "embedded"
 # 1% of the embedded corpus would be some twenty short sequences: too few for a steady validation loss.

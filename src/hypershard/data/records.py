@@ -43,10 +43,10 @@ WHOLE = Part(index=0, count=1)
 class RawDocument:
     """A document as it lies in its file, or a piece of a long text, before anything is parsed.
 
-    `content`: a JSON line (bytes), text (str), or a row of a table (a mapping). `number` is the line or row in the file, from 1.
-    Pieces of one document follow one another, and all but the last have `ends_document` False. `read_bytes` says how
-    far the file, as stored, has been read. Lines of a part that starts in the middle of a file are counted from
-    `first_byte` on.
+    `content`: a JSON line (bytes), text (str), or a row of a table (a mapping). `number` is the line or row in the
+    file, from 1. Pieces of one document follow one another, and all but the last have `ends_document` False.
+    `read_bytes` says how far the file, as stored, has been read. Lines of a part that starts in the middle of a file
+    are counted from `first_byte` on.
     """
 
     content: bytes | str | Mapping[str, Any]

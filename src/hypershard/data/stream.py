@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..log import logger
-from .documents import read_documents
-from .encode import EncoderSpec
+from .encode.encoder import EncoderSpec
 from .order import SampleOrder
+from .read.documents import read_documents
 from .records import DataFile, Encoder, Malformed, Part, RawDocument
 from .rows import Row, row_of
 

@@ -102,7 +102,9 @@ class _Reader:
         if lane is None:
             at = Cursor(*(int(number) for number in cursor))
             spec = self._specs[wanted.stream]
-            encoder = self._encoders.get(wanted.stream) or self._encoders.setdefault(wanted.stream, spec.encoder.build())
+            if wanted.stream not in self._encoders:
+                self._encoders[wanted.stream] = spec.encoder.build()
+            encoder = self._encoders[wanted.stream]
             lane = self.lanes[key] = Lane(spec, encoder, lane=wanted.lane, num_lanes=self._num_lanes, cursor=at)
         while lane.cursor.samples < wanted.index:  # another rank has these
             lane.next()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..units import format_bytes
 from .checks_base import Check, Finding, Machine, ask, fail, ok, warn
+from .checks_network import efa_devices
 
 _SHARED_MEMORY_BYTES = 2**30  # docker's default is 64 MiB, of which NCCL and one loader worker take more
 _CHECKPOINT_BYTES = 100 * 2**30  # an 8B model with AdamW in fp32: 12 bytes a parameter, 90 GiB
@@ -72,7 +73,7 @@ def _locked_memory(machine: Machine) -> list[Finding]:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return [ok("locked memory", "unlimited")]
-    if machine.instance is not None and machine.instance.efa_interfaces:
+    if efa_devices(machine):
         fix = "ulimit -l unlimited (limits.conf: * - memlock unlimited; docker: --ulimit memlock=-1)"
         return [fail("locked memory", f"{format_bytes(soft)}: EFA registers the buffers of NCCL in it", fix)]
     return [ok("locked memory", f"{format_bytes(soft)}; only EFA needs more")]

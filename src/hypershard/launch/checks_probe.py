@@ -44,7 +44,7 @@ class NcclLog:
 
 
 def parse_nccl_log(text: str) -> NcclLog:
-    """Read a NCCL log. The plugin's line was `Selected Provider is efa (found 4 nics)`, now `, fabric is …` is in it."""
+    """Read a NCCL log. The plugin wrote `Selected Provider is efa (found 4 nics)`, now with `, fabric is …` in it."""
 
     def first(pattern: str) -> str:
         match = re.search(pattern, text, flags=re.IGNORECASE | re.MULTILINE)

@@ -171,7 +171,8 @@ def judge(record: Record, *, exit_code: int | None, told: str | None, max_restar
 
 
 def _first_start(record: Record) -> Verdict:
-    return Verdict("start", f"launch {record.stuck_launches + 1} of this job; {_kept(record)}")
+    before = f"after {_launches(record)} without progress; " if record.stuck_launches else ""
+    return Verdict("start", f"{before}{_kept(record)}")
 
 
 def _ended(record: Record, exit_code: int, nodes: Nodes) -> Verdict:
@@ -223,8 +224,11 @@ _LASTING_ERRORS = _lasting_errors()
 
 def _stuck(record: Record, nodes: Nodes) -> str:
     ill = "".join(f"; {node.name} is ill ({node.reason})" for node in nodes.ill)
-    starts = f"{record.stuck_launches} launch{'es' if record.stuck_launches > 1 else ''}"
-    return f"{starts} without a newer step than {record.step}; {_error(record)}{ill}"
+    return f"{_launches(record)} without a newer step than {record.step}; {_error(record)}{ill}"
+
+
+def _launches(record: Record) -> str:
+    return f"{record.stuck_launches} launch{'es' if record.stuck_launches > 1 else ''}"
 
 
 def _error(record: Record) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..config.schema import Config
+from ..data.encode.tokenizer import same_vocabulary
 from ..data.open import Dataset
-from ..data.tokenizer import same_vocabulary
 from ..distributed.collectives import gather_objects
 from ..errors import ConfigError
 from ..storage import local_path

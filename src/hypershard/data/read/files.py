@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import DataError
-from ..log import logger
-from ..remote_files import RemoteFile, list_files, open_file
-from ..storage import readable_errors
+from ...errors import DataError
+from ...log import logger
+from ...remote_files import RemoteFile, list_files, open_file
+from ...storage import readable_errors
+from ..records import DataFile
 from .cards import CardSplit, card_configs, choose_config, config_splits, glob_pattern
 from .formats import UNDERSTOOD, format_of
 from .hub import HUB_NAME, README, list_dataset
-from .records import DataFile
 
 # "train-0001.jsonl", "val/", "c4-validation.00000.json.gz", but not "trainspotting.txt".
 _SPLIT_NAME = re.compile(r"(?:^|[._-])(train|val)(?:ing|id|idation)?(?=[._-]|\d|$)", re.IGNORECASE)

@@ -9,7 +9,7 @@ import lzma
 import zlib
 from typing import Any, BinaryIO, cast
 
-from ..errors import DataError
+from ...errors import DataError
 
 _BUFFER_BYTES = 2**20
 _ZST_PIECE_BYTES = 2**16

@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import DataError
-from ..log import logger
-from ..units import format_bytes
-from .encode import EncoderSpec
+from ...errors import DataError
+from ...log import logger
+from ...units import format_bytes
+from ..encode.encoder import EncoderSpec
+from ..records import DataFile
 from .encoding_pool import num_cores
 from .prepare import SPLIT_SEED, log_progress, prepare
-from .records import DataFile
 from .token_bins import FORMAT_VERSION, META_FILE, read_meta
 
 

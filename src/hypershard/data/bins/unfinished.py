@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, StorageError
-from ..log import logger
-from ..storage import make_directory, read_json, readable_errors, remove_tree, sync_directory, write_json
+from ...errors import DataError, StorageError
+from ...log import logger
+from ...storage import make_directory, read_json, readable_errors, remove_tree, sync_directory, write_json
 
 JOURNAL_FILE = "journal.json"
 

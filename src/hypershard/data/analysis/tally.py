@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bins.prepare import Progress
+from ..records import Malformed
 from .measured import Measured
-from .prepare import Progress
-from .records import Malformed
 
 # Hashes kept to find duplicates, 32 bytes each: exact up to so many documents, from a sample beyond.
 MOST_HASHES = 2**23

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
-from ..storage import read_json
+from ...errors import DataError
+from ...storage import read_json
 
 META_FILE = "meta.json"
 FORMAT = "hypershard token bins"

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
-from ..storage import readable_errors
+from ...errors import DataError
+from ...storage import readable_errors
+from ..encode.tokenizer import load_tokenizer
 from .token_bins import META_FILE, SPLITS, STARTS_NAMES
-from .tokenizer import load_tokenizer
 
 PICKLE_FILE = "meta.pkl"
 # GPT-2's BPE, as data/openwebtext/prepare.py and data/shakespeare/prepare.py use it through tiktoken.

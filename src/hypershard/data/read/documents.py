@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import DataError, UserError
-from ..remote_files import open_file
-from ..storage import readable_errors
+from ...errors import DataError, UserError
+from ...remote_files import open_file
+from ...storage import readable_errors
+from ..records import DataFile, Part, RawDocument
 from .formats import UNDERSTOOD, format_of
 from .packed import Damaged, unpacked
-from .records import DataFile, Part, RawDocument
 from .tables import arrow_rows, parquet_rows
 
 # A line of a .txt file that holds just this separates documents, as in the files of GPT-2 and TinyStories.

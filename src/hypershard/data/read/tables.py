@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from ..errors import DataError
-from .records import WHOLE, DataFile, Part, RawDocument
+from ...errors import DataError
+from ..records import WHOLE, DataFile, Part, RawDocument
 
 # Rows made into Python objects at a time.
 _BATCH_ROWS = 256

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.schema import DataConfig
-from ..errors import DataError
+from ...config.schema import DataConfig
+from ...errors import DataError
+from ..bins.nanogpt import is_nanogpt
+from ..bins.prepare import BYTES_PER_PROCESS, Progress
+from ..bins.token_bins import dtype_for, numpy_dtype, read_meta
+from ..mixture import parse_dataset
+from ..open import Text, bins_folder, open_bins, resolve_text
+from ..records import Malformed
 from .measured import Measured, bins_documents, text_documents
-from .mixture import parse_dataset
-from .nanogpt import is_nanogpt
-from .open import Text, bins_folder, open_bins, resolve_text
-from .prepare import BYTES_PER_PROCESS, Progress
-from .records import Malformed
 from .tally import Tally
-from .token_bins import dtype_for, numpy_dtype, read_meta
 
 # Documents of a bucket or hub that are read where nothing else is asked for: a minute's work.
 REMOTE_SAMPLE = 10_000

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage import readable_errors
+from ...storage import readable_errors
 from .encoding_pool import EncodedBatch, Place
 from .token_bins import SPLITS, STARTS_DTYPE, TARGETS_DTYPE, FileMeta, SplitMeta, file_sha256
 

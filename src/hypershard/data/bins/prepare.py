@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, HypershardError
-from ..log import logger
-from ..storage import make_directory, readable_errors, write_json
-from ..units import format_bytes, format_count
+from ...errors import DataError, HypershardError
+from ...log import logger
+from ...storage import make_directory, readable_errors, write_json
+from ...units import format_bytes, format_count
+from ..encode.encoder import EncoderSpec
+from ..encode.tokenizer import COMPANION_FILES
+from ..records import DataFile, Malformed
 from .bins_writer import BinsWriter, Point, SplitCounts, SplitRule
-from .encode import EncoderSpec
 from .encoding_pool import Place, encoded, read_batches
-from .records import DataFile, Malformed
 from .token_bins import FORMAT_VERSION, META_FILE, BinsMeta, dtype_for, numpy_dtype
-from .tokenizer import COMPANION_FILES
 from .unfinished import Unfinished, locked
 
 VAL_SHARE = 0.01

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .encode import EncoderSpec
-from .records import Encoded, Malformed, RawDocument
+from ..records import Encoded, Malformed, RawDocument
+from .encoder import EncoderSpec
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

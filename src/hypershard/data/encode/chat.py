@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import DataError
+from ...errors import DataError
 from .chat_messages import Conversation, Refused, texts_in, with_arguments
 from .chat_template import ChatTemplate, marks_generation
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ...errors import DataError
+from ..records import Encoded, Encoder, Malformed, RawDocument
 from .chat import ChatRenderer, Rendered, Spans
 from .chat_messages import Refused, keys_of, read_conversation
 from .chat_template import ChatTemplate, read_chat_template
-from .records import Encoded, Encoder, Malformed, RawDocument
 from .tokenizer import TextTokenizer, load_tokenizer
 
 # Part of the identity: raised when this program makes other tokens of the same documents.

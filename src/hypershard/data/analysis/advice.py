@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from .analysis import DatasetAnalysis
-from .packs import best_fit
+from ..packs import best_fit
+from .analyze import DatasetAnalysis
 
 # Repeated data: up to 4 epochs are nearly as good as new data, and the worth of later ones decays with R*_D. Both from
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv:2305.16264 (abstract; section 6, whose

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .encode import EncoderSpec
-from .encoding_pool import Batch, EncodedBatch, Place, encoded, read_batches
-from .records import DataFile, Malformed, RawDocument
-from .source import TokenSource
-from .token_bins import dtype_for, numpy_dtype
+from ..bins.encoding_pool import Batch, EncodedBatch, Place, encoded, read_batches
+from ..bins.token_bins import dtype_for, numpy_dtype
+from ..encode.encoder import EncoderSpec
+from ..records import DataFile, Malformed, RawDocument
+from ..source import TokenSource
 
 # Of 10^10 documents two different ones then share a hash with a chance of about 10^-19.
 DIGEST_BYTES = 16

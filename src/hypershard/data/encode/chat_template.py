@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ...errors import DataError
 from .tokenizer import TextTokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import DataError
-from ..log import logger
-from ..remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
-from ..storage import make_directory, read_json, readable_errors, write_bytes, write_json
+from ...errors import DataError
+from ...log import logger
+from ...remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
+from ...storage import make_directory, read_json, readable_errors, write_bytes, write_json
 
 # "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
 HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?(?:@[\w./-]+)?")

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import HypershardError
-from .documents import read_documents
-from .encode import EncoderSpec
-from .records import WHOLE, DataFile, Encoder, Malformed, RawDocument
+from ...errors import HypershardError
+from ..encode.encoder import EncoderSpec
+from ..read.documents import read_documents
+from ..records import WHOLE, DataFile, Encoder, Malformed, RawDocument
 from .token_bins import TARGETS_DTYPE, dtype_for, numpy_dtype
 
 # Text for about a second of one core: much more than it takes to hand it over, little enough to hold many.

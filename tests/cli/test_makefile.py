@@ -1,0 +1,46 @@
+"""`make p5-train` and its like: every family of the catalog, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypershard.catalog.instances import families, instance
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    program = f"HYPERSHARD={sys.executable} -m hypershard.cli.main"
+    return subprocess.run(
+        ["make", program, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family_has_its_target(family: str) -> None:
+    done = make(f"{family}-train", "LAUNCH=slurm", "MODEL=llama3_8b", "NODES=3", "DRY_RUN=1", "FLAGS=--lr 2e-4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash")  # what is printed can be kept as a file
+    assert f"# Train llama3_8b on 3 x {instance(family).name}." in done.stdout
+    assert "2e-4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["p9-train", "LAUNCH=slurm", "MODEL=llama3_8b", "DRY_RUN=1"], ", ".join(families())),
+        (["p3-train", "LAUNCH=slurm", "MODEL=llama3_8b", "DRY_RUN=1"], "bfloat16"),
+        (["p5-train", "LAUNCH=slurm"], "set MODEL"),
+        (["p5-train", "LAUNCH=", "MODEL=llama3_8b"], "set LAUNCH=sagemaker"),
+    ],
+)
+def test_what_is_missing_or_unknown_is_said(words: list[str], said: str) -> None:
+    done = make(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
