@@ -26,7 +26,7 @@ _FREEZER = Path("/sys/fs/cgroup/freezer")
 _UP_SECONDS = 40.0
 _POLL_SECONDS = 0.2
 
-# cred_expire (5 at least) is how long a requeued job waits before it may start again. SlurmdTimeout: a silent node is lost after it.
+# cred_expire (5 at least) is how long a requeued job waits. SlurmdTimeout: a node that is silent for so long is lost.
 # KillWait: what scancel leaves a job between TERM and KILL. MinJobAge: finished jobs stay visible.
 _CONFIGURATION = """\
 ClusterName=hypershard
@@ -224,7 +224,7 @@ def _until(
 
 
 @contextlib.contextmanager
-def slurm(folder: Path, *, num_nodes: int = 2, kill_wait: int = 10) -> Iterator[Slurm]:
+def slurm(folder: Path, *, num_nodes: int = 2, kill_wait: int = 7) -> Iterator[Slurm]:
     """A cluster whose files are under `folder`; all of it ends with the block."""
     with cluster(num_nodes + 1, shm_bytes=512 * 2**20) as nodes:
         made = Slurm(folder, nodes, kill_wait)

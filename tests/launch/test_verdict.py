@@ -110,6 +110,14 @@ def test_a_step_that_was_reached_before_is_no_progress() -> None:
     assert action(*again * 4) == "give_up"
 
 
+def test_preemptions_do_not_count() -> None:
+    preempted = [launched(), {"event": "preempted"}]
+    assert action(*preempted * 9, told="preemption") == "requeue", "even while it was starting"
+    assert action(*preempted * 9, exit_code=None) == "start"
+    assert action(launched(), started(0), launched(), started(0), *preempted, launched()) == "give_up"
+    assert action(launched(), started(0), stopped(9, "steps"), {"event": "preempted"}, told="preemption") == "done"
+
+
 def test_another_job_counts_anew() -> None:
     """Whoever mended the fault and submits again must not be refused for the past."""
     crash = [launched("6"), started(0), failed("RuntimeError: once")]

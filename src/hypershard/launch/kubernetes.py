@@ -11,6 +11,7 @@ costs one failure of each pod.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -56,9 +57,11 @@ def render(job: Job, options: KubernetesOptions) -> str:
     """The manifests as YAML for `kubectl apply -f`. Raises ConfigError for what a cluster would refuse or lose."""
     import yaml
 
-    documents = [_hyperpod_job(job, options)] if options.kind == HYPERPOD_JOB else [_service(job, options)]
-    if options.kind == JOB:
-        documents.append(_indexed_job(job, options))
+    _check(job, options)
+    if options.kind == HYPERPOD_JOB:
+        documents = [_hyperpod_job(job, options)]
+    else:
+        documents = [_service(job, options), _indexed_job(job, options)]
     return _header(job, options) + yaml.safe_dump_all(documents, sort_keys=False, width=120)
 
 
@@ -136,10 +139,9 @@ def _service(job: Job, options: KubernetesOptions) -> dict[str, Any]:
 
 
 def _indexed_job(job: Job, options: KubernetesOptions) -> dict[str, Any]:
-    _check(job, options)
     num_nodes = job.resources.num_nodes
     container = _container(job, options)
-    container["args"] = ["train", *job.train_flags, f"--max_restarts={job.max_restarts}"]
+    container["args"] = ["train", *_literal(job.train_flags), f"--max_restarts={job.max_restarts}"]
     container["env"] = [
         {"name": "HYPERSHARD_NUM_NODES", "value": str(num_nodes)},
         {"name": "HYPERSHARD_MAIN_HOST", "value": f"{job.name}-0.{job.name}"},
@@ -172,7 +174,6 @@ def _indexed_job(job: Job, options: KubernetesOptions) -> dict[str, Any]:
 
 
 def _hyperpod_job(job: Job, options: KubernetesOptions) -> dict[str, Any]:
-    _check(job, options)
     ranks, num_nodes = max(1, job.resources.gpus_per_node), job.resources.num_nodes
     container = _container(job, options)
     container["command"] = [
@@ -184,7 +185,7 @@ def _hyperpod_job(job: Job, options: KubernetesOptions) -> dict[str, Any]:
         "--shutdown-signal=SIGTERM",  # else ranks are killed without a save
         f"--shutdown-timeout={_shutdown_seconds(job)}",
         _HYPERPOD_ENTRY,
-        *job.train_flags,
+        *_literal(job.train_flags),
     ]
     pattern = r".*step \d+/.*"
     return {
@@ -210,6 +211,11 @@ def _hyperpod_job(job: Job, options: KubernetesOptions) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _literal(words: Iterable[str]) -> list[str]:
+    """Kubernetes puts a variable's value where an argument says $(NAME), unless the $ is doubled."""
+    return [word.replace("$(", "$$(") for word in words]
 
 
 def _shutdown_seconds(job: Job) -> int:
@@ -255,7 +261,7 @@ def _container(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     return {
         "name": _CONTAINER,
         "image": job.image,
-        "env": [{"name": name, "value": value} for name, value in job.environment.items()],
+        "env": [{"name": name, "value": _literal([value])[0]} for name, value in job.environment.items()],
         "resources": _resources(job),
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [

@@ -26,6 +26,7 @@ from .surroundings import NodePlace
 
 SILENT_SECONDS = 40  # long enough for a switch that restarts, short beside a GPU hour
 _SLICE_SECONDS = 1.0
+_LONGEST_NOTE_BYTES = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,14 @@ class _Line:
         with contextlib.suppress(OSError):  # a peer that is gone is noticed by reading
             self.socket.sendall(json.dumps(dataclasses.asdict(note)).encode() + b"\n")
 
-    def read(self) -> list[Note]:
+    def read(self, *, most_bytes: int = 65536) -> list[Note]:
         """The notes that came. Raises OSError when the connection is gone, ValueError for what is none of ours."""
-        chunk = self.socket.recv(65536)
+        chunk = self.socket.recv(most_bytes)
         if not chunk:
             raise ConnectionError("connection closed")
         *lines, self._rest = (self._rest + chunk).split(b"\n")
+        if len(self._rest) > _LONGEST_NOTE_BYTES:
+            raise ValueError("found no end of a note")
         try:
             return [Note(**json.loads(line)) for line in lines]
         except TypeError as error:
@@ -134,7 +137,11 @@ def open_links(place: NodePlace, *, wait: Wait, silent_seconds: int = SILENT_SEC
 def _gather(place: NodePlace, wait: Wait, silent_seconds: int) -> list[_Line]:
     """On node 0: one connection from each other node. A node that starts anew meanwhile replaces itself."""
     lines: list[_Line] = []
-    with socket.create_server(("", place.port + 1), backlog=place.num_nodes) as server:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(
+        ("", place.port + 1), family=family, backlog=place.num_nodes, dualstack_ipv6=both
+    ) as server:
         while len(present := {line.peer.node for line in lines if line.peer}) < place.num_nodes - 1:
             ready, _, _ = select.select([server, *(line.socket for line in lines)], [], [], _SLICE_SECONDS)
             if server in ready:
@@ -186,7 +193,8 @@ def _one_try(place: NodePlace, wait: Wait, silent_seconds: int) -> _Line:
         line.send(Note(node=place.node_rank, host=place.host, kind="hello", text=place.job))
         while not wait.is_over():
             if select.select([line.socket], [], [], _SLICE_SECONDS)[0]:
-                for note in line.read():
+                # No byte beyond the first note: what follows is for the supervisor, which waits for the socket.
+                for note in line.read(most_bytes=1):
                     line.peer = dataclasses.replace(note, node=0)
                     return line
     except BaseException:

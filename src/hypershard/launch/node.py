@@ -62,11 +62,11 @@ class Supervisor:
         self._said = Said()
         self._links = Links(place, [])
         self._child: subprocess.Popen[bytes] | None = None
+        for number in (*_STOPS, signal.SIGUSR2):  # at once: process 1 gets no signal that it has no handler for
+            signal.signal(number, self._remember)
 
     def run(self, *, start_seconds: float) -> Ending:
         """Wait for the other nodes, then for the program's end. Raises HypershardError for nodes that do not come."""
-        for number in (*_STOPS, signal.SIGUSR2):
-            signal.signal(number, self._remember)
         try:
             wait = Wait(start_seconds, is_stopped=lambda: bool(set(self._asked) & set(_STOPS)))
             address_of(self._place.host, wait=wait)  # what torchrun tells the others must be known here too
@@ -153,15 +153,17 @@ class Supervisor:
                 logger.info(f"{self._stop}: the ranks save and end")
                 self._links.tell("stop", self._stop)
         if self._stop is not None and self._lost is None:
-            # Every tick, for ranks that are started later; without any, torchrun waits for other nodes or imports.
-            targets = (ranks or {self._child.pid}) - self._signalled
-            _send(targets, signal.Signals[self._stop] if ranks else signal.SIGTERM)
+            # Every tick, for ranks that are started later. Before there are any, torchrun itself is asked; not after:
+            # its ranks have saved, and it waits for the other nodes' to do so.
+            targets = (ranks if self._ranks else {self._child.pid}) - self._signalled
+            _send(targets, signal.Signals[self._stop] if self._ranks else signal.SIGTERM)
             self._signalled |= targets
 
     def _look_for_ranks(self, child: int) -> set[int]:
         """The processes that a signal is for. When torchrun has started them again, what they said before is past."""
         if not self._is_torchrun():
-            return {child}
+            self._ranks = {child}
+            return self._ranks
         ranks = set(_children(child))
         if ranks and self._ranks and not ranks & self._ranks and not self._said.is_final:
             self._said.forget()
@@ -187,8 +189,8 @@ class Supervisor:
     def _ending(self, status: int) -> Ending:
         cause = self._said.cause_code if status and self._is_torchrun() else None
         code = status if cause is None else cause
-        if self._stop is not None and self._lost is None and code in (0, -signal.Signals[self._stop], -signal.SIGTERM):
-            return Ending(self._place.clean_stop_code)  # ended by the signal itself: there was nothing to save yet
+        if self._stop is not None and self._lost is None and self._is_clean(code, signal.Signals[self._stop]):
+            return Ending(self._place.clean_stop_code)
         if status == 0:
             return Ending(0)
         if code < 0:
@@ -201,6 +203,17 @@ class Supervisor:
             error += f"; before, node {self._lost.node}: {self._lost.text}"
         said = last_error(self._said.lines)
         return Ending(code or 1, shortened(redact(f"{error}\n{said}" if said else error)))
+
+    def _is_clean(self, code: int, stop: signal.Signals) -> bool:
+        """Whether what a signal asked to stop has ended in order: saved, or too early to have anything to save.
+
+        Too early: the signal itself ended the ranks, or they lost each other by it, or there were none yet.
+        """
+        return (
+            code in (0, -stop, 128 + stop, -signal.SIGTERM)
+            or (code == 1 and not last_error(self._said.lines))
+            or not self._ranks
+        )
 
 
 class _Passage:

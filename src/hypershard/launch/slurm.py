@@ -74,6 +74,8 @@ def render(job: Job, options: SlurmOptions) -> str:
 
 
 def _directives(job: Job, options: SlurmOptions) -> list[str]:
+    if not options.file.isprintable():
+        raise ConfigError(f"--write={options.file!r}: expected a name that can stand in one line")
     if options.save_seconds < 1:
         raise ConfigError(f"--save_seconds={options.save_seconds}: expected at least 1")
     lines = [
@@ -148,7 +150,7 @@ def _cases(job: Job) -> list[str]:
     """One arm of the shell's `case` for all instances that need the same."""
     tabled = _tabled(job)
     words = {kind: word for word, kind in families().items()}
-    alike = defaultdict(list)
+    alike: dict[tuple[int, tuple[str, ...]], list[str]] = defaultdict(list)
     for row in instances():
         environment = environment_for(row, run_dir=job.run_dir)
         needs = tuple(f"{name}={_quoted(environment[name])}" for name in sorted(tabled) if name in environment)

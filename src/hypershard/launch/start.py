@@ -72,10 +72,6 @@ def local_command(job: Job) -> list[str]:
 
 def supervise(command: Sequence[str], environment: Mapping[str, str], place: NodePlace) -> Ending:
     """Run `command` as this node's part of a job, with what its ranks need to know of the place."""
-    logger.info(
-        f"{place.platform.value}: node {place.node_rank} of {place.num_nodes} ({place.host}), process {os.getpid()}"
-    )
-    logger.info(redact(" ".join(command[1:]), environment))
     added = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
         # Ranks that are started again meet in a store of their own. In the agents' they may find the keys of those
@@ -84,7 +80,11 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], place: Nod
     }
     if place.interface:  # gloo would ask for the host's name, which may be the same on all hosts of SageMaker
         added |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
-    return Supervisor(command, {**added, **environment}, place).run(start_seconds=START_SECONDS)
+    supervisor = Supervisor(command, {**added, **environment}, place)
+    where = f"{place.platform.value}: node {place.node_rank} of {place.num_nodes} ({place.host})"
+    logger.info(f"{where}, process {os.getpid()}")
+    logger.info(redact(" ".join(command[1:]), environment))
+    return supervisor.run(start_seconds=START_SECONDS)
 
 
 def _command(words: list[str], place: NodePlace) -> list[str]:

@@ -1,7 +1,8 @@
 """What to do when a job's ranks have ended: the run's own record decides, not the exit code.
 
 torchrun exits 1 after a clean stop as after a crash, so the exit code alone says too little. `<run_dir>/events.jsonl`
-says how far the run came; the job script adds a line `launched` each time it starts the ranks. From these:
+says how far the run came; the job script adds a line `launched` each time it starts the ranks, and `preempted` when
+they had to make room. From these:
 
     start     go on, in this allocation
     done      the run is complete
@@ -25,8 +26,8 @@ from typing import Any
 from ..errors import HypershardError, StorageError, TrainingDiverged, UserError
 from ..storage import readable_errors
 
-TOLD = ("cancel", "time_limit")
-"""Why a job script was told to stop: by a person, or because the job's time is nearly over."""
+TOLD = {"cancel": "asked to stop", "time_limit": "the job's time is nearly over", "preemption": "preempted"}
+"""Why a job was told to stop: by a person, because its time is nearly over, or to make room for another."""
 
 _ERROR_CHARACTERS = 300
 # As Slurm names them, without the marks it adds (down*): these nodes do no more work, those shall get no more.
@@ -112,6 +113,8 @@ def summarise(events: Iterable[Mapping[str, Any]], *, job: str | None) -> Record
             end = None
             is_ours = job is None or str(event.get("job")) == job
             stuck = stuck + 1 if is_ours else 0
+        elif kind == "preempted":
+            stuck = max(0, stuck - 1)  # not its fault that it came no further
         elif kind in ("started", "saved", "stopped") and isinstance(event.get("step"), int) and event["step"] > step:
             step = event["step"]
             # A launch that begins further on has still to show that it comes further itself.
@@ -160,13 +163,13 @@ def judge(record: Record, *, exit_code: int | None, told: str | None, max_restar
     if found.action == "done":
         return found
     if told == "cancel":
-        return Verdict("stopped", f"asked to stop; {_kept(record)}")
+        return Verdict("stopped", f"{TOLD[told]}; {_kept(record)}")
     if found.action in ("stopped", "give_up"):
         return found
     if record.stuck_launches >= max(1, max_restarts):
         return Verdict("give_up", _stuck(record, nodes))
-    if told == "time_limit":
-        return Verdict("requeue", f"the job's time is nearly over; {_kept(record)}")
+    if told is not None:
+        return Verdict("requeue", f"{TOLD[told]}; {_kept(record)}")
     return found
 
 
@@ -210,9 +213,10 @@ def _after_crash(record: Record, exit_code: int, nodes: Nodes) -> Verdict:
 
 def _lasting_errors() -> frozenset[str]:
     """Names of errors that the same start meets again. A disk may have room again: no StorageError."""
-    names, todo = {TrainingDiverged.__name__}, [UserError]
+    names = {TrainingDiverged.__name__}
+    todo: list[type[HypershardError]] = [UserError]
     while todo:
-        error: type[HypershardError] = todo.pop()
+        error = todo.pop()
         if error is not StorageError:
             names.add(error.__name__)
             todo += error.__subclasses__()
