@@ -1,4 +1,4 @@
-"""Containers as SageMaker starts them, for tests: the program is process 1 of namespaces of its own on a node.
+"""Containers as SageMaker and Kubernetes start them, for tests: process 1 of namespaces of its own on a node.
 
 Each has its own processes, mounts, host name and /etc/hosts, and at the real path an /opt/ml with the files that the
 platform writes. The disk is this machine's: what lies elsewhere is seen by all, as a shared file system is.
@@ -19,9 +19,9 @@ from typing import Any
 from tests.integration.processes import WAIT_SECONDS, environment
 from tests.nodes import Node
 
-# Every host of SageMaker calls itself "aws". What else lies in /opt (it may hold this Python) stays where it is.
+# What else lies in /opt (it may hold this Python) stays where it is.
 _ENTER = """set -e
-hostname aws
+hostname "$2"
 mount --bind "$1/hosts" /etc/hosts
 mount --rbind /opt "$1/opt"
 mount -t tmpfs tmpfs /opt
@@ -31,7 +31,7 @@ for folder in "$1"/opt/*/; do
 done
 mkdir /opt/ml
 mount --bind "$1/ml" /opt/ml
-shift
+shift 2
 exec "$@"
 """
 
@@ -49,15 +49,19 @@ class Container:
         (self.ml / "output").mkdir()
         lines = [f"{address} {host}" for host, address in {"localhost": "127.0.0.1", **hosts}.items()]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
-        resources = {"current_host": name, "hosts": list(hosts), "network_interface_name": "eth0"}
-        self.configure("resourceconfig", resources)
 
-    def configure(self, name: str, value: Mapping[str, Any]) -> None:
+    def as_host_of_sagemaker(self, hosts: Sequence[str], hyperparameters: Mapping[str, str]) -> None:
+        """Write the files that the platform does."""
+        resources = {"current_host": self.name, "hosts": list(hosts), "network_interface_name": "eth0"}
+        self._configure("resourceconfig", resources)
+        self._configure("hyperparameters", hyperparameters)
+
+    def _configure(self, name: str, value: Mapping[str, Any]) -> None:
         (self.ml / "input/config" / f"{name}.json").write_text(json.dumps(value))
 
-    def start(self, argv: Sequence[str]) -> None:
+    def start(self, argv: Sequence[str], *, host_name: str) -> None:
         apart = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
-        words = [*apart, "sh", "-c", _ENTER, "sh", str(self._folder), *argv]
+        words = [*apart, "sh", "-c", _ENTER, "sh", str(self._folder), host_name, *argv]
         with open(self._log, "ab") as log:
             self._process = self.node.start(
                 words, environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -24,19 +24,25 @@ SPELLED = {"MAX_STEPS": f'"{STEPS}"', "resume_from_checkpoint": '"auto"'}  # as 
 
 
 class Job:
-    """One start of a job on all `nodes`."""
+    """One start of a job on all `nodes`, as hosts of SageMaker or pods of Kubernetes."""
 
-    def __init__(self, nodes: list[Node], folder: Path, **flags: Any):
+    def __init__(self, nodes: list[Node], folder: Path, *, are_pods: bool = False, **flags: Any):
         self.run_dir = Path(flags["run_dir"])
-        hosts = {f"algo-{node.number + 1}": node.address for node in nodes}
-        self.containers = []
         settings = {**FLAGS, **SPELLED, **flags}
         settings.pop("max_steps")
-        for node, name in zip(nodes, hosts, strict=True):
-            container = Container(node, folder / name, hosts=hosts, name=name)
-            container.configure("hyperparameters", {name: str(value) for name, value in settings.items()})
-            container.start([*ENTRYPOINT, "train"])
-            self.containers.append(container)
+        name_of = "job-{}.job" if are_pods else "algo-{}"
+        hosts = {name_of.format(node.number + (not are_pods)): node.address for node in nodes}
+        self.containers = [Container(n, folder / h, hosts=hosts, name=h) for n, h in zip(nodes, hosts, strict=True)]
+        for index, container in enumerate(self.containers):
+            if are_pods:
+                words = ["env", f"JOB_COMPLETION_INDEX={index}", "HYPERSHARD_NUM_NODES=2"]
+                words += ["HYPERSHARD_MAIN_HOST=job-0.job", *ENTRYPOINT, "train", f"--max_steps={STEPS}"]
+                words += [f"--{flag}={value}" for flag, value in {**FLAGS, **flags}.items() if flag != "max_steps"]
+                container.start(words, host_name=f"job-{index}")
+            else:
+                container.as_host_of_sagemaker(list(hosts), {name: str(value) for name, value in settings.items()})
+                # All of SageMaker's hosts call themselves so.
+                container.start([*ENTRYPOINT, "train"], host_name="aws")
 
     def until(self, is_reached: Callable[[], object]) -> None:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -91,6 +97,16 @@ def test_a_stop_that_one_host_hears_saves_and_the_next_job_goes_on(
     job = Job(nodes, tmp_path / "second", run_dir=run_dir)
     assert job.ends() == [0, 0], job.said()
     assert history(run_dir) == undisturbed
+
+
+def test_pods_that_stop_ask_to_be_started_again(nodes: list[Node], tmp_path: Path) -> None:
+    """One of them is evicted; 0 would tell Kubernetes that the other's part of the training is done."""
+    run_dir = tmp_path / "run"
+    job = Job(nodes, tmp_path / "job", are_pods=True, run_dir=run_dir)
+    job.until_step(10)
+    job.containers[1].signal(signal.SIGTERM)
+    assert job.ends() == [143, 143], job.said()
+    assert read_json_lines(run_dir / "events.jsonl")[-1]["reason"] == "SIGTERM"
 
 
 def test_a_killed_rank_is_started_again_on_all_hosts(

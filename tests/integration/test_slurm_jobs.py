@@ -219,6 +219,23 @@ def test_a_python_without_hypershard_is_named(cluster: Cluster, tmp_path: Path) 
     assert "is VENV or IMAGE what it should be?" in cluster.log()
 
 
+def test_a_container_is_asked_for_where_an_image_is_given(cluster: Cluster) -> None:
+    """This Slurm has no Pyxis, and says so."""
+    job = cluster.finish(cluster.submit(variables={"IMAGE": "/images/it.sqsh"}))
+    assert job["ExitCode"] == "2:0", cluster.log()
+    assert "unrecognized option '--container-image=/images/it.sqsh'" in cluster.log()
+
+
+def test_auto_resume_is_asked_for_on_hyperpod(cluster: Cluster) -> None:
+    """This Slurm is not HyperPod's, and says so; the folder that HyperPod is known by is put on the first node alone."""
+    first = cluster.slurm.nodes[cluster.slurm.names[0]]
+    first.run(["sh", "-c", "mount -t tmpfs tmpfs /opt && mkdir /opt/sagemaker_cluster"])
+    job = cluster.finish(cluster.submit(variables={"MAX_RESTARTS": "1"}))
+    first.run(["umount", "/opt"])
+    assert job["JobState"] == "FAILED", cluster.log()
+    assert "unrecognized option '--auto-resume=1'" in cluster.log()
+
+
 def test_the_command_submits(cluster: Cluster) -> None:
     words = [sys.executable, "-m", "hypershard.cli.main", "launch", "slurm", "--model=tiny_llama"]
     refused = cluster.slurm.run(*words, "--partition=nowhere", check=False)

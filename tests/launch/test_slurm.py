@@ -100,6 +100,8 @@ def test_directives() -> None:
     assert not any("gpus" in line for line in lines(render(job(instance=None), SlurmOptions())))
     with pytest.raises(ConfigError, match="--partition=a b"):
         render(job(), SlurmOptions(directives=(("partition", "a b"),)))
+    with pytest.raises(ConfigError, match="--save_seconds says this"):
+        render(job(extra_environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "500"}), SlurmOptions())
     with pytest.raises(ConfigError, match="in one line"):
         render(job(), SlurmOptions(file="a\nrm b"))
     with pytest.raises(ConfigError, match="--save_seconds=0"):

@@ -19,6 +19,7 @@ from .environment import REASONS, environment_for
 from .job import Job
 
 CPU_NODES = "cpu"  # INSTANCE where nodes have no GPUs
+_SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # set by SAVE_SECONDS
 _NOTICE_SECONDS = 60  # Slurm looks for jobs near their end every 30 s, and came 28 s late when measured
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,:&|*\[\]-]*")  # partitions, accounts, constraints: nothing a line ends at
 
@@ -49,6 +50,7 @@ def render(job: Job, options: SlurmOptions) -> str:
 
     Raises ConfigError for values that no #SBATCH line can hold.
     """
+    _check(job, options)
     resources = job.resources
     instance = resources.instance_type or CPU_NODES
     model = next((flag.partition("=")[2] for flag in job.train_flags if flag.startswith("--model=")), job.name)
@@ -73,11 +75,17 @@ def render(job: Job, options: SlurmOptions) -> str:
     )
 
 
-def _directives(job: Job, options: SlurmOptions) -> list[str]:
+def _check(job: Job, options: SlurmOptions) -> None:
     if not options.file.isprintable():
         raise ConfigError(f"--write={options.file!r}: expected a name that can stand in one line")
+    given, usual = (env.get(_SHUTDOWN) for env in (job.environment, environment_for(None, run_dir=job.run_dir)))
+    if given not in (None, usual):
+        raise ConfigError(f"--environment {_SHUTDOWN}={given}: on Slurm --save_seconds says this; leave it out")
     if options.save_seconds < 1:
         raise ConfigError(f"--save_seconds={options.save_seconds}: expected at least 1")
+
+
+def _directives(job: Job, options: SlurmOptions) -> list[str]:
     lines = [
         f"job-name={job.name}",
         f"nodes={job.resources.num_nodes}",
@@ -129,7 +137,7 @@ def _exports(job: Job) -> list[str]:
     folder = job.run_dir.rstrip("/")
     lines = []
     for name, value in job.environment.items():
-        if name in tabled or name == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT":
+        if name in tabled or name == _SHUTDOWN:
             continue
         text = f'"$RUN_DIR"{_quoted(value.removeprefix(folder))}' if value.startswith(f"{folder}/") else _quoted(value)
         lines += [f"# {REASONS[name]}"] if name in REASONS else []
