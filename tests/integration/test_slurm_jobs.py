@@ -227,9 +227,11 @@ def test_a_container_is_asked_for_where_an_image_is_given(cluster: Cluster) -> N
 
 
 def test_auto_resume_is_asked_for_on_hyperpod(cluster: Cluster) -> None:
-    """This Slurm is not HyperPod's, and says so; the folder that HyperPod is known by is put on the first node alone."""
+    """This Slurm is not HyperPod's, and says so. The first node alone has what HyperPod is known by."""
     first = cluster.slurm.nodes[cluster.slurm.names[0]]
-    first.run(["sh", "-c", "mount -t tmpfs tmpfs /opt && mkdir /opt/sagemaker_cluster"])
+    layers = "lowerdir=/opt,upperdir=/dev/shm/upper,workdir=/dev/shm/work"
+    first.run(["mkdir", "/dev/shm/upper", "/dev/shm/work", "/dev/shm/upper/sagemaker_cluster"])
+    first.run(["mount", "-t", "overlay", "overlay", "-o", layers, "/opt"])
     job = cluster.finish(cluster.submit(variables={"MAX_RESTARTS": "1"}))
     first.run(["umount", "/opt"])
     assert job["JobState"] == "FAILED", cluster.log()

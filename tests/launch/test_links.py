@@ -51,6 +51,7 @@ def heard(links: Links, seconds: float = 10.0) -> list[Note]:
 
 def test_what_one_node_tells_all_others_hear() -> None:
     nodes = connect(3)
+    assert [links.interface() for links in nodes] == ["lo"] * 3
     nodes[1].tell("stop", "SIGTERM")
     expected = [Note(node=1, host="host-1", kind="stop", text="SIGTERM")]
     assert heard(nodes[0]) == expected and heard(nodes[2]) == expected

@@ -62,6 +62,11 @@ def test_files_are_in_step_with_the_template() -> None:
         assert text == file_text(model), f"slurm/{model}.sbatch is old: hypershard launch slurm --write slurm/"
 
 
+def test_a_model_without_a_plan_is_named() -> None:
+    with pytest.raises(ConfigError, match="model new_9b: found no plan"):
+        file_text("new_9b")
+
+
 def test_every_model_has_nodes_that_hold_it() -> None:
     """16 bytes a parameter in at most a quarter of the GPUs' memory, by the sizes in SPEC's table of models."""
     billions = {

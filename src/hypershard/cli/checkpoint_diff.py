@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..checkpoint.compare import Comparison, TensorDifference
 
 _LINES_SHOWN = 40  # per kind; the summary counts all
+_SHOWN_CHARACTERS = 60
 _SIGNS = ("-", "+")
 
 
@@ -36,9 +37,16 @@ def diff_checkpoints(places: tuple[str, str], *, pattern: str | None, with_value
     return 0 if found.is_equal else 1
 
 
+def _shown(value: str | None) -> str:
+    """A fact's value, or its beginning: cursors of streams are long."""
+    if value is None:
+        return "(not there)"
+    return value if len(value) <= _SHOWN_CHARACTERS else f"{value[:_SHOWN_CHARACTERS]}… ({len(value)} characters)"
+
+
 def _print(found: Comparison, *, with_values: bool) -> None:
     for name, (one, other) in found.facts.items():
-        print(f"fact {name}: {one or '(not there)'} -> {other or '(not there)'}")
+        print(f"fact {name}: {_shown(one)} -> {_shown(other)}")
     for sign, names in zip(_SIGNS, found.only, strict=True):
         _print_some([f"{sign} {name}" for name in names])
     layouts = [tensor for tensor in found.tensors if not tensor.same_layout]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,7 @@ from ..errors import HypershardError
 from ..units import format_seconds
 
 _RETRY_SECONDS = 1.0
+_SIOCGIFADDR = 0x8915  # from linux/sockios.h: an interface's IPv4 address
 
 
 class Stopped(Exception):
@@ -54,3 +57,16 @@ def address_of(host: str, *, wait: Wait) -> str:
             wait.pause()
         else:
             return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IPv4 address; None where none has it as its first."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None

@@ -21,7 +21,7 @@ from typing import Literal
 
 from ..errors import HypershardError
 from ..units import format_seconds
-from .hosts import Wait, address_of
+from .hosts import Wait, address_of, interface_of
 from .surroundings import NodePlace
 
 SILENT_SECONDS = 40  # long enough for a switch that restarts, short beside a GPU hour
@@ -84,6 +84,12 @@ class Links:
 
     def sockets(self) -> list[socket.socket]:
         return [line.socket for line in self._lines]
+
+    def interface(self) -> str | None:
+        """The network interface by which this node and the others reach each other; None: one node, or not known."""
+        if not self._lines:
+            return None
+        return interface_of(self._lines[0].socket.getsockname()[0].removeprefix("::ffff:"))  # IPv4 inside IPv6
 
     def read(self, ready: socket.socket) -> list[Note]:
         """What a socket that is ready to be read tells; node 0 passes it on."""

@@ -74,6 +74,9 @@ class Supervisor:
         except Stopped:
             logger.info("asked to stop before anything was started")
             return Ending(self._place.clean_stop_code)
+        interface = self._links.interface()
+        if interface is not None:  # gloo takes the host name's address, which may be a loopback one
+            self._environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
             code = self._watch()
             ending = self._ending(code)

@@ -78,7 +78,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str], place: Nod
         # before: it tells starts apart by a count that each agent keeps for itself, of its own ranks' failures only.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    if place.interface:  # gloo would ask for the host's name, which may be the same on all hosts of SageMaker
+    if place.interface:
         added |= {"GLOO_SOCKET_IFNAME": place.interface, "NCCL_SOCKET_IFNAME": place.interface}
     supervisor = Supervisor(command, {**added, **environment}, place)
     where = f"{place.platform.value}: node {place.node_rank} of {place.num_nodes} ({place.host})"

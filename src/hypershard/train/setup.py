@@ -37,6 +37,8 @@ from .state import Progress, checkpoint_tensors
 from .stop import Limits
 from .tiers import build_checkpoints
 
+_MANY_IDLE_ROWS = 2  # an embedding with more rows per id of the tokenizer was made for another tokenizer
+
 
 @dataclass(frozen=True)
 class Job:
@@ -157,6 +159,11 @@ def build_job(
 def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
     """Fill the model section's open values; the vocabulary is the tokenizer's unless given."""
     check_vocabulary(model, tokenizer_vocab_size=dataset.vocab_size)
+    if model.vocab_size is not None and model.vocab_size > _MANY_IDLE_ROWS * dataset.vocab_size:
+        logger.warning(
+            f"the model has {model.vocab_size} ids and the data's tokenizer {dataset.vocab_size}: fine to try out a "
+            f"model's shape; to train it, give its own --tokenizer"
+        )
     return dataclasses.replace(model, vocab_size=model.vocab_size or dataset.vocab_size)
 
 
