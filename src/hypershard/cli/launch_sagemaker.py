@@ -82,6 +82,9 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--environment", action="append", default=[], metavar="NAME=VALUE", help="a variable of the ranks")
     job.add_argument("--run_dir", metavar="DIR", help=f"run directory in the container; default: {RUN_DIR}")
+    job.add_argument(
+        "--prices_file", type=Path, metavar="FILE", help="your own prices, YAML: `p5.48xlarge: {sagemaker: 55.0}`"
+    )
     job.add_argument("--dry_run", action="store_true", help="print the request as JSON and stop")
     job.add_argument("--follow", action="store_true", help="print status and log until the job ends")
     job.add_argument("--json", action="store_true", help="status: as one JSON object")
@@ -136,7 +139,7 @@ def _launch(args: argparse.Namespace) -> int:
     submission = create_training_job_request(job, _options(args))
     if args.emit:
         return _emit(submission, Path(args.emit[1]))
-    _say_cost(job, is_spot=args.spot)
+    _say_cost(job, is_spot=args.spot, prices_file=args.prices_file)
     if args.dry_run:
         return _print(submission)
     return _start(submission, region=args.region, follow=args.follow)
@@ -190,9 +193,9 @@ def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
     return found
 
 
-def _say_cost(job: Job, *, is_spot: bool) -> None:
+def _say_cost(job: Job, *, is_spot: bool, prices_file: Path | None) -> None:
     num_nodes, hours = job.resources.num_nodes, job.hours
-    each = price(find_instance(job.resources.instance_type), "sagemaker", prices_file=None)
+    each = price(find_instance(job.resources.instance_type), "sagemaker", prices_file=prices_file)
     if each is None:
         logger.info(f"{num_nodes} x {job.resources.instance_type} for at most {hours:g} h; its price is unknown")
         return
