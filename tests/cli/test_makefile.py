@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,11 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
     program = f"HYPERSHARD={sys.executable} -m hypershard.cli.main"
+    # Started by `make test`, an inner make would say which folder it enters and leaves.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
-        ["make", program, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )  # fmt: skip
+        ["make", program, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
 
 
 @pytest.mark.parametrize("family", families())
