@@ -12,6 +12,7 @@ from ..errors import ConfigError, HypershardError
 from ..launch.build import build_job
 from ..launch.kubernetes import JOB, KINDS, KubernetesOptions, render
 from ..storage import make_directory, write_bytes
+from .launch_flags import named_values
 
 _DESCRIPTION = """\
 Train on Kubernetes: an Indexed Job with one pod per node and a headless Service, which need nothing installed in the
@@ -107,19 +108,12 @@ def _text(args: argparse.Namespace) -> str:
         image=args.image,
         max_restarts=args.max_restarts,
         name=args.name,
-        extra_environment=dict(_pair("--environment", word, "=", "NAME=VALUE") for word in args.environment),
+        extra_environment=named_values("--environment", args.environment),
     )
     options = KubernetesOptions(
         kind=args.kind,
-        volumes=tuple(_pair("--volume", word, ":", "CLAIM:/PATH") for word in args.volume),
+        volumes=tuple(named_values("--volume", args.volume, sign=":", expected="CLAIM:/PATH").items()),
         hyperpod=args.hyperpod,
         **{name: getattr(args, name) for name in _TEXTS},
     )
     return render(job, options)
-
-
-def _pair(flag: str, word: str, separator: str, expected: str) -> tuple[str, str]:
-    name, found, value = word.partition(separator)
-    if not found:
-        raise ConfigError(f"{flag} {name}: expected {expected}")
-    return name, value

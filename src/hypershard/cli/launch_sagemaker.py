@@ -20,6 +20,7 @@ from ..launch.sagemaker import RUN_DIR, SYNCED_RUN_DIR, Options, Submission, cre
 from ..log import logger, setup_logging
 from ..storage import make_directory, write_bytes
 from ..units import format_seconds
+from .launch_flags import named_values
 
 if TYPE_CHECKING:
     from ..launch.sagemaker_jobs import Clients
@@ -156,7 +157,7 @@ def _job(args: argparse.Namespace) -> Job:
         image=args.image,
         max_restarts=args.max_restarts,
         name=args.name,
-        extra_environment=_pairs("--environment", args.environment),
+        extra_environment=named_values("--environment", args.environment),
     )
     if args.name:
         return job
@@ -168,7 +169,7 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(
         role=args.role,
         output=args.output,
-        channels=_pairs("--channel", args.channel),
+        channels=named_values("--channel", args.channel),
         checkpoint_s3=args.checkpoint_s3,
         sync_run_dir=args.sync_run_dir,
         spot=args.spot,
@@ -177,20 +178,8 @@ def _options(args: argparse.Namespace) -> Options:
         volume_gb=args.volume_gb,
         subnets=tuple(args.subnet),
         security_groups=tuple(args.security_group),
-        tags=_pairs("--tag", args.tag),
+        tags=named_values("--tag", args.tag),
     )
-
-
-def _pairs(flag: str, texts: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in texts:
-        name, sign, value = text.partition("=")
-        if not (name and sign):
-            raise ConfigError(f"{flag}: found {text!r}, expected NAME=VALUE")
-        if name in found:
-            raise ConfigError(f"{flag} {name}: given twice")
-        found[name] = value
-    return found
 
 
 def _say_cost(job: Job, *, is_spot: bool, prices_file: Path | None) -> None:

@@ -14,6 +14,7 @@ from ..launch.slurm import CPU_NODES, SlurmOptions, render
 from ..launch.slurm_files import RUN_DIR, plan_for, write_all
 from ..models.files import available_models
 from ..storage import make_directory, write_bytes
+from .launch_flags import named_values
 
 _DESCRIPTION = """\
 Train on a Slurm cluster, HyperPod's included. The job's file is submitted, printed (--dry_run) or written (--write).
@@ -111,7 +112,7 @@ def _text(args: argparse.Namespace) -> str:
         image=args.image,
         max_restarts=args.max_restarts,
         name=args.name,
-        extra_environment=_environment(args.environment),
+        extra_environment=named_values("--environment", args.environment),
     )
     options = SlurmOptions(
         file=str(args.write) if args.write is not None else "FILE",
@@ -122,13 +123,3 @@ def _text(args: argparse.Namespace) -> str:
         mounts=args.mounts,
     )
     return render(job, options)
-
-
-def _environment(words: list[str]) -> dict[str, str]:
-    variables = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"--environment {name}: expected NAME=VALUE")
-        variables[name] = value
-    return variables
