@@ -201,9 +201,11 @@ class Slurm:
         _until(lambda: not self.run("squeue", "--noheader").stdout.strip(), "an empty queue")
 
     def clean(self) -> None:
-        """Remove the freezer's folders, which outlive the daemons."""
-        for name in self.names:
-            top = _FREEZER / f"slurm_{name}"
+        """Remove the freezer's folders, which outlive the daemons, and those of test processes that were killed."""
+        for top in _FREEZER.glob("slurm_n*-*"):
+            owner = top.name.removeprefix("slurm_n").partition("-")[0]
+            if owner != str(os.getpid()) and Path(f"/proc/{owner}").exists():
+                continue
             for folder in sorted(top.glob("**/"), key=lambda path: len(path.parts), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()

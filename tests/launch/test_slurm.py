@@ -68,7 +68,7 @@ def test_a_model_without_a_plan_is_named() -> None:
 
 
 def test_every_model_has_nodes_that_hold_it() -> None:
-    """16 bytes a parameter in at most a quarter of the GPUs' memory, by the sizes in SPEC's table of models."""
+    """16 bytes a parameter in at most a quarter of the GPUs' memory."""
     billions = {
         "llama2_7b": 6.74, "llama2_13b": 13.0, "llama2_70b": 69.0, "llama3_8b": 8.03, "llama3_1_8b": 8.03,
         "llama3_1_70b": 70.6, "llama3_2_1b": 1.24, "llama3_2_3b": 3.21, "mathstral_7b": 7.25, "mixtral_8x7b": 46.7,

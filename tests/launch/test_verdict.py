@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hypershard.cli import launch
+from hypershard.errors import ConfigError
 from hypershard.launch.verdict import IllNode, Nodes, Record, judge, read_events, summarise, unwell
 
 JOB = "7"
@@ -191,6 +192,13 @@ def test_the_command_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.startswith("replace n2=Replace n2: health check: Xid 79;")
     assert launch.run([*words, "--told=cancel"]) == 0
     assert capsys.readouterr().out == "stopped - asked to stop; newest step 8\n"
+
+
+def test_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        launch.run(["verdict", str(tmp_path / "none")])
+    with pytest.raises(ConfigError, match="--health"):
+        launch.run(["verdict", str(tmp_path), f"--health={tmp_path}/none"])
 
 
 def test_nothing_known_starts() -> None:

@@ -47,7 +47,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def verdict(args: argparse.Namespace) -> int:
-    """Print the verdict. Raises ConfigError for a missing health file, StorageError for an unreadable record."""
+    """Print the verdict. Raises ConfigError for a missing folder or file, StorageError for an unreadable one."""
+    if not args.run_dir.is_dir():
+        raise ConfigError(f"{args.run_dir}: there is no such folder; expected a run directory")
     if args.health is not None and not args.health.is_file():
         raise ConfigError(f"--health={args.health}: there is no such file")
     nodes = unwell(

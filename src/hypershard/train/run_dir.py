@@ -4,7 +4,7 @@ config.yaml        the whole resolved configuration; `hypershard train --config`
 code.txt           commit and uncommitted changes of the code that ran
 environment.json   versions, hosts and devices
 metrics.jsonl      one line per logged step, and one per validation
-events.jsonl       started, restored, saved, stopped, failed: with the time
+events.jsonl       started, saved, stopped, failed, alarm: with the time; job scripts add launched and preempted
 tensorboard/       the same numbers for TensorBoard
 tokenizer/         the tokenizer, so that a run can be read without its data
 checkpoints/       step-XXXXXXXX/ with a MANIFEST.json written last
