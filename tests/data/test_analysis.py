@@ -19,9 +19,10 @@ from tests.conftest import BUCKET
 from hypershard.config.schema import DataConfig
 from hypershard.data.analysis import advice, tally
 from hypershard.data.analysis import analyze as analysis
-from hypershard.data.analysis.advice import Plan, fit_of, mixture_warnings, uses_of, warnings, worth_in_epochs
+from hypershard.data.analysis.advice import Plan, fit_of, mixture_warnings, uses_of, warnings
 from hypershard.data.analysis.analyze import DatasetAnalysis, analyze, analyze_dataset
 from hypershard.data.analysis.measured import Measured
+from hypershard.data.analysis.repetition import most_fine_tuning_epochs, worth_in_epochs
 from hypershard.data.open import open_dataset
 from hypershard.data.read import documents as reading
 from hypershard.data.sequences import training_sources
@@ -340,7 +341,7 @@ def test_packing_makes_more_epochs_of_the_same_steps():
 
 @pytest.mark.parametrize(("num_samples", "most"), [(4999, 5), (5000, 3), (15000, 3), (15001, 2)])
 def test_larger_fine_tuning_sets_take_fewer_epochs(num_samples, most):
-    assert advice.most_fine_tuning_epochs(num_samples) == most
+    assert most_fine_tuning_epochs(num_samples) == most
 
 
 def test_pretraining_repeats_up_to_four_times():

@@ -12,6 +12,7 @@ from .. import __version__
 # verb -> one line for --help; each verb is cli/<verb>.py with `run(argv) -> exit code`
 VERBS = {
     "train": "train a model; see `hypershard train --help`",
+    "plan": "whether a training fits, how long it takes, what it costs",
     "launch": "start a training on Slurm, SageMaker, Kubernetes or here",
     "prepare": "turn text into token bins",
     "checkpoint": "list, verify, copy, prune, compare and export checkpoints",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,19 +11,15 @@ from numpy.typing import NDArray
 
 from ..packs import best_fit
 from .analyze import DatasetAnalysis
+from .repetition import (
+    MOST_PRETRAINING_EPOCHS,
+    MUENNIGHOFF,
+    OUYANG,
+    SMALL_FINE_TUNING_SAMPLES,
+    most_fine_tuning_epochs,
+    worth_in_epochs,
+)
 
-# Repeated data: up to 4 epochs are nearly as good as new data, and the worth of later ones decays with R*_D. Both from
-# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv:2305.16264 (abstract; section 6, whose
-# unrounded constant is in the authors' repository, huggingface/datablations).
-MOST_PRETRAINING_EPOCHS = 4
-REPETITION_DECAY = 15.387756
-MUENNIGHOFF = "Muennighoff et al. 2023, arXiv:2305.16264"
-# Fine-tuning: under 5,000 samples 4 to 5 epochs, over 15,000 two, in between three. Practice rather than a law:
-# Ouyang et al. 2022 (InstructGPT, section 3.5) saw the validation loss rise after one epoch, and answers improve on.
-SMALL_FINE_TUNING_SAMPLES = 5_000
-LARGE_FINE_TUNING_SAMPLES = 15_000
-MOST_EPOCHS_SMALL, MOST_EPOCHS_MIDDLE, MOST_EPOCHS_LARGE = 5, 3, 2
-OUYANG = "Ouyang et al. 2022, arXiv:2203.02155, section 3.5"
 # Copies of this share of the documents: between what a careful corpus holds (Wiki-40B, 0.39%) and a crawl (C4, 3.04%)
 # in table 2 of Lee et al. 2021, "Deduplicating Training Data Makes Language Models Better".
 DUPLICATE_SHARE = 0.01
@@ -172,13 +167,6 @@ def _use(analysis: DatasetAnalysis, fit: Fit, share: float, plan: Plan, num_step
     )
 
 
-def worth_in_epochs(epochs: float) -> float:
-    """How many epochs of new data `epochs` passes over the same data are worth in pretraining: 4 -> 3.7, 40 -> 15.2."""
-    if epochs <= 1:
-        return epochs
-    return 1 + REPETITION_DECAY * (1 - math.exp(-(epochs - 1) / REPETITION_DECAY))
-
-
 def warnings(analysis: DatasetAnalysis, use: Use | None, *, is_fine_tuning: bool) -> list[DataWarning]:
     """What to look at before training on it as `use` says; None: no plan yet."""
     found = [*_row_warnings(analysis)]
@@ -233,13 +221,6 @@ def _epoch_warnings(analysis: DatasetAnalysis, use: Use, *, is_fine_tuning: bool
     if use.steps_per_epoch is not None:
         text += f", which are {int(most * use.steps_per_epoch):,} steps"
     return [DataWarning(code="epochs", text=text, source=OUYANG)]
-
-
-def most_fine_tuning_epochs(num_samples: int) -> int:
-    """Passes over a fine-tuning set of this size beyond which over-fitting is to be expected."""
-    if num_samples < SMALL_FINE_TUNING_SAMPLES:
-        return MOST_EPOCHS_SMALL
-    return MOST_EPOCHS_LARGE if num_samples > LARGE_FINE_TUNING_SAMPLES else MOST_EPOCHS_MIDDLE
 
 
 def _fit_warnings(analysis: DatasetAnalysis, fit: Fit) -> list[DataWarning]:

@@ -1,0 +1,111 @@
+"""What is planned: a training's settings on so many nodes, and the model's sizes that all arithmetic starts from."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..catalog.instances import Instance
+from ..config.checks import accumulation_steps
+from ..config.schema import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from ..models.family import family_of
+
+_BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
+_WIDEST_FLASH_HEAD, _FLASH_HEAD_MULTIPLE = 192, 8  # as train/attention.py chooses; a test holds the two together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Parameters of a model: in all, used by one token, outside the blocks, and in the largest block.
+
+    `shapes` counts (rows, numbers in a row) of all tensors: FSDP2 deals out whole rows.
+    """
+
+    total: int
+    active: int
+    root: int
+    block: int
+    shapes: Mapping[tuple[int, int], int]
+
+    def shard(self, degree: int) -> int:
+        """Numbers that the fullest of `degree` ranks keeps, rows that do not divide evenly rounded up."""
+        return sum(count * -(-rows // degree) * width for (rows, width), count in self.shapes.items())
+
+
+@functools.lru_cache(maxsize=16)
+def sizes_of(model: ModelConfig) -> Sizes:
+    """The sizes of `model`. Raises ConfigError while vocab_size is open."""
+    specs = family_of(model.model_type).parameters(model)
+    blocks: Counter[str] = Counter()
+    shapes: Counter[tuple[int, int]] = Counter()
+    for spec in specs:
+        found = _BLOCK.search(spec.name)
+        blocks[found.group(1) if found else ""] += spec.numel
+        shapes[spec.shape[0], spec.numel // spec.shape[0]] += 1
+    root = blocks.pop("")
+    return Sizes(
+        total=root + blocks.total(),
+        active=round(sum(spec.numel * spec.active_share for spec in specs)),
+        root=root,
+        block=max(blocks.values()),
+        shapes=shapes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training on `num_nodes` equal nodes. `model` is completed and its vocabulary known."""
+
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    train: TrainConfig
+    instance: Instance
+    num_nodes: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.instance.num_gpus
+
+    @property
+    def shard_degree(self) -> int:
+        """GPUs over which weights, gradients and optimizer are spread; the others hold copies."""
+        if self.parallel.sharding_strategy == "none":
+            return 1
+        if self.parallel.sharding_strategy == "hybrid":
+            return self.parallel.hybrid_shard_degree or self.instance.num_gpus
+        return self.num_gpus
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one GPU in one micro-step."""
+        return self.data.train_batch_size * self.model.max_context_width
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-steps in a step. Raises ConfigError when --global_batch_tokens is no whole number of them."""
+        return accumulation_steps(self.data, context_tokens=self.model.max_context_width, world_size=self.num_gpus)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of all GPUs in one optimizer step."""
+        return self.micro_tokens * self.num_gpus * self.accumulation
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number in forward and backward."""
+        return 2 if self.parallel.bf16 else 4
+
+    @property
+    def attention_path(self) -> str:
+        """`varlen` or `dense`, as `train/attention.py` will choose on a GPU."""
+        if self.parallel.attention != "auto":
+            return self.parallel.attention
+        width = self.model.head_width or 0
+        serves = self.parallel.bf16 and width % _FLASH_HEAD_MULTIPLE == 0 and width <= _WIDEST_FLASH_HEAD
+        wanted = self.data.document_mask and not self.model.attn_pdrop
+        return "varlen" if serves and wanted else "dense"

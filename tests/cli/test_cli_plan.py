@@ -1,0 +1,110 @@
+"""`hypershard plan`: a page or JSON, without torch, for what `train` would take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypershard.cli.plan import run
+from hypershard.errors import ConfigError
+from hypershard.models.files import available_models
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert run(words) == 0
+    return capsys.readouterr().out
+
+
+def test_the_page_has_all_a_person_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama3_8b", "--instance", "ml.p5.48xlarge", "--nodes", "4", "--max_steps", "10000")
+    page = answer(capsys, *words)
+    for expected in ("8,030,261,248 parameters", "verdict  fits", "4 x p5.48xlarge", "MFU", "tokens/s per GPU"):
+        assert expected in page
+    assert "closed form, +-12%" in page and "closed form, +-30%" in page
+    assert "[closed form, +-30%; sagemaker: $63.30/h" in page and "2.621B tokens" in page
+
+
+def test_what_does_not_fit_names_the_flags_that_make_it_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "llama3_8b", "--instance", "g5.12xlarge"]
+    page = answer(capsys, *words)
+    assert "verdict  does not fit" in page
+    flags = next(line for line in page.splitlines() if "it fits with --" in line).partition("with ")[2].split()
+    assert "verdict  fits" in answer(capsys, *words, *flags)
+
+
+@pytest.mark.parametrize("name", available_models())
+def test_every_model_file_by_its_name(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    found = json.loads(answer(capsys, "--model", name, "--instance", "p5en", "--nodes", "2", "--json"))
+    assert found["level"] == "closed form" and found["job"]["num_gpus"] == 16
+    assert found["memory"]["verdict"] and found["time"]["step_seconds"] > 0
+    assert found["hours"] is None and found["cost"]["dollars"] is None
+
+
+def test_prices_speed_and_data_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("p5.48xlarge: {ec2: 20.0}\n")
+    words = ["--model", "llama3_8b", "--instance", "p5", "--prices_file", str(prices), "--json"]
+    words += ["--dataset_tokens", "3e9", "--epochs", "2", "--hours_at", "10000"]
+    found = json.loads(answer(capsys, *words))
+    assert found["hours_level"] == "measured speed"
+    assert found["num_steps"] == 6_000_000_000 // (8 * 8192)
+    assert found["hours"] == pytest.approx(6e9 / 8 / 10_000 / 3600, rel=1e-4)
+    assert found["cost"]["dollars"] == pytest.approx(found["hours"] * 20)
+
+
+def test_an_unknown_price_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "llama3_8b", "--instance", "p5e", "--max_steps", "5")
+    assert "price unknown" in answer(capsys, *words)
+    assert json.loads(answer(capsys, *words, "--json"))["cost"]["dollars"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "llama3_8b"], "--instance is missing"),
+        (["--model", "llama3_8b", "--instance", "p5", "--nodes", "0"], "--nodes=0"),
+        (["--model", "llama3_8b", "--instance", "p5", "--nodes", "1.5"], "--nodes=1.5"),
+        (["--model", "llama3_8b", "--instance", "p5", "--hours_at", "fast"], "--hours_at=fast"),
+        (["--model", "llama3_8b", "--instance", "p9"], "no instance type of this name"),
+        (["--model", "llama3_8b", "--instance", "p5", "--train_batchsize", "2"], "did you mean --train_batch_size"),
+        (["--model", "llama3_8b", "--instance", "p5", "--node", "2"], "did you mean --nodes"),
+        (["--hidden_width", "256", "--dataset", "x.txt", "--instance", "p5"], "--vocab_size is open"),
+    ],
+)
+def test_refusals_name_the_flag(words: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        run(words)
+
+
+def test_it_plans_without_torch() -> None:
+    code = (
+        "import sys; from hypershard.cli.plan import run\n"
+        "run(['--model', 'llama4_scout_17b_16e', '--instance', 'p5', '--max_steps', '10'])\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'boto3'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "107,769,861,120 parameters" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["num_parameters=1.29e9", "num_tokens=85e9", "loss_nats=2.37"], 0, "holds"),
+        (["num_parameters=1.29e9", "num_tokens=6e9", "loss_nats=2.37"], 1, "expected 2.70 nats"),
+        (["published=llama3_2_3b", "intermediate_size=11008"], 1, "3.939B parameters, and it has 3.213B"),
+        (["published=gpt2_1_36b", "num_heads=18"], 1, "does not divide"),
+        (["num_tokens=6e9"], 0, "nothing could be compared"),
+    ],
+)
+def test_claims_are_checked(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--check", *words]) == code
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["losses=2", "loss_nats=low", "loss_nats"])
+def test_what_is_no_claim_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="--check loss"):
+        run(["--check", word])
