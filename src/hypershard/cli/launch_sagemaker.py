@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ examples:
   hypershard launch sagemaker resume NAME --hours 48
 """
 _HOURS, _MAX_RESTARTS = 24.0, 3
+_MOST_HOURS = 28 * 24.0  # SageMaker's
 _POLL_SECONDS = 10.0
 _MOST_NAME = 63
 # Exit code of a job that ended in another way than Completed.
@@ -72,7 +74,9 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--model", metavar="NAME", help="model file, as of `hypershard train`")
     job.add_argument("--instance", metavar="NAME", help="instance type or family: p5, p5.48xlarge, ml.p5.48xlarge")
     job.add_argument("--nodes", type=int, default=1, metavar="N", help="how many (default: 1)")
-    job.add_argument("--hours", type=float, metavar="H", help=f"time limit (default: {_HOURS:g})")
+    job.add_argument(
+        "--hours", type=float, metavar="H", help="time limit; default: by the plan, if --max_steps is given"
+    )
     job.add_argument("--name", metavar="NAME", help="job name; default: made of model, instance, nodes and the time")
     job.add_argument(
         "--max_restarts",
@@ -153,7 +157,7 @@ def _job(args: argparse.Namespace) -> Job:
         instance=args.instance,
         num_nodes=args.nodes,
         run_dir=args.run_dir or (SYNCED_RUN_DIR if args.sync_run_dir else RUN_DIR),
-        hours=_HOURS if args.hours is None else args.hours,
+        hours=_hours(args) if args.hours is None else args.hours,
         image=args.image,
         max_restarts=args.max_restarts,
         name=args.name,
@@ -163,6 +167,26 @@ def _job(args: argparse.Namespace) -> Job:
         return job
     stamp = datetime.datetime.now(datetime.UTC).strftime("-%Y%m%d-%H%M%S")  # a name can be used once
     return dataclasses.replace(job, name=job.name[-(_MOST_NAME - len(stamp)) :].strip("-") + stamp)
+
+
+def _hours(args: argparse.Namespace) -> float:
+    """The time limit where none is given: what the plan says at most and an hour for start and saves, or a day."""
+    from .plan import most_hours
+
+    model = [f"--model={args.model}"] if args.model else []
+    try:
+        planned = most_hours([*model, f"--instance={args.instance}", f"--nodes={args.nodes}", *args.train_flags])
+    except ConfigError as error:
+        logger.info(f"time limit {_HOURS:g} h, because no plan could be made ({error}); --hours sets it")
+        return _HOURS
+    if planned is None:
+        logger.info(f"time limit {_HOURS:g} h, because no --max_steps says how long the training is; --hours sets it")
+        return _HOURS
+    hours = min(_MOST_HOURS, math.ceil(planned + 1))
+    logger.info(
+        f"time limit {hours:g} h: planned at most {planned:.1f} h, and one for start and saves; --hours sets it"
+    )
+    return hours
 
 
 def _options(args: argparse.Namespace) -> Options:

@@ -71,6 +71,25 @@ def run(argv: Sequence[str]) -> int:
     setup_logging(rank=0)
     if namespace.check is not None:
         return plan_check.run(namespace.check)
+    made, name, service = _made(namespace)
+    if namespace.json:
+        print(json.dumps(as_dict(made), indent=1))
+    else:
+        print("\n".join(_page(made, name=name, service=service)))
+    return 0
+
+
+def most_hours(words: Sequence[str]) -> float | None:
+    """Hours that a job with these flags takes, its band added; None where nothing says how many steps it has.
+
+    Raises ConfigError for flags that no plan can be made of.
+    """
+    made, _, _ = _made(parse(build_parser(), words, also_known=(*_OWN, "model", "config")))
+    return None if made.hours is None or made.step is None else made.hours * (1 + made.step.band)
+
+
+def _made(namespace: argparse.Namespace) -> tuple[Plan, str, str]:
+    """The plan, the model's name, and whose price it is."""
     if namespace.instance is None:
         raise ConfigError("--instance is missing: say on what, for example --instance=p5.48xlarge")
     machine = instance(namespace.instance)
@@ -96,11 +115,7 @@ def run(argv: Sequence[str]) -> int:
         dataset_tokens=tokens,
         tokens_per_second_per_gpu=speed,
     )
-    if namespace.json:
-        print(json.dumps(as_dict(made), indent=1))
-    else:
-        print("\n".join(_page(made, name=name, service=service)))
-    return 0
+    return made, name, service
 
 
 def _number(flag: str, text: str) -> float:
