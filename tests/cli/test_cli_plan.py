@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hypershard.cli.plan import run
+from hypershard.cli import launch
+from hypershard.cli.plan import most_hours, run
 from hypershard.errors import ConfigError
 from hypershard.models.files import available_models
 
@@ -108,3 +109,16 @@ def test_claims_are_checked(words: list[str], code: int, said: str, capsys: pyte
 def test_what_is_no_claim_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="--check loss"):
         run(["--check", word])
+
+
+def test_a_sagemaker_job_may_take_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model llama3_8b --instance p5 --nodes 4 --role arn:aws:iam::123456789012:role/train --output s3://runs/a"
+    words += " --image 123456789012.dkr.ecr.us-west-2.amazonaws.com/hypershard:0.1 --dry_run"
+    limits = []
+    for flags in ("--max_steps=20000", "--max_steps=40000", "", "--max_steps=20000 --hours=9"):
+        assert launch.run(["sagemaker", *words.split(), *flags.split()]) == 0
+        limits.append(json.loads(capsys.readouterr().out)["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600)
+    planned = most_hours(["--model=llama3_8b", "--instance=p5", "--nodes=4", "--max_steps=20000"])
+    assert planned is not None and 1 <= limits[0] - planned < 2
+    assert limits[1] > 1.5 * limits[0]
+    assert limits[2:] == [24, 9]
