@@ -25,6 +25,7 @@ _MUNGE_FILES = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _UP_SECONDS = 40.0
 _POLL_SECONDS = 0.2
+_SETTLED_SECONDS = 3.0
 
 # cred_expire (5 at least) is how long a requeued job waits. SlurmdTimeout: a node that is silent for so long is lost.
 # KillWait: what scancel leaves a job between TERM and KILL. MinJobAge: finished jobs stay visible.
@@ -185,10 +186,18 @@ class Slurm:
         node.come_back()
         self._daemon(node, name, ["slurmd", "-D", "-b", "-N", name])
 
+        well_since: list[float] = []
+
         def is_well() -> bool:
-            if self.states().get(name, "").startswith("down"):
+            """For some seconds: a boot time is rounded, and a second registration may look like a second reboot."""
+            state = self.states().get(name, "")
+            if state.startswith("down"):
                 self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
-            return self.states().get(name) in ("idle", "allocated", "mixed")
+            if state not in ("idle", "allocated", "mixed"):
+                well_since.clear()
+                return False
+            well_since.append(time.monotonic())
+            return well_since[-1] - well_since[0] > _SETTLED_SECONDS
 
         _until(is_well, f"{name} to be back")
 
