@@ -62,13 +62,16 @@ def submission(*flags: str, output: str = f"s3://{BUCKET}/runs", **options: Any)
 
 
 @pytest.fixture(scope="module")
-def unasked() -> Iterator[Clients]:
-    """Clients that may not reach anything; made once, because it takes half a second."""
+def unasked() -> Clients:
+    """Clients that may not reach anything; made once, because it takes half a second.
+
+    What they are told is for them alone: other clients of this module find the server of the session.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens at this port
-        yield connect("us-west-2")
+        return connect("us-west-2")
 
 
 @pytest.fixture
