@@ -163,13 +163,19 @@ class Supervisor:
             self._signalled |= targets
 
     def _look_for_ranks(self, child: int) -> set[int]:
-        """The processes that a signal is for. When torchrun has started them again, what they said before is past."""
+        """The processes that a signal is for. When torchrun has started them again, what they said before is past.
+
+        Unless it was final: then they end at once, for they would only say it again.
+        """
         if not self._is_torchrun():
             self._ranks = {child}
             return self._ranks
         ranks = set(_children(child))
-        if ranks and self._ranks and not ranks & self._ranks and not self._said.is_final:
-            self._said.forget()
+        if ranks and self._ranks and not ranks & self._ranks:
+            if self._said.is_final:
+                self._kill_at = time.monotonic()
+            else:
+                self._said.forget()
         self._ranks = ranks or self._ranks
         return ranks
 
@@ -179,7 +185,7 @@ class Supervisor:
     def _end_what_cannot_go_on(self) -> None:
         assert self._child is not None
         if self._said.is_final and self._kill_at is None:
-            self._kill_at = time.monotonic() + _FINAL_SECONDS  # torchrun may be about to start the ranks again
+            self._kill_at = time.monotonic() + _FINAL_SECONDS  # for torchrun to end by itself and report
         if self._kill_at is None or time.monotonic() < self._kill_at:
             return
         self._kill_at = time.monotonic() + GRACE_SECONDS
