@@ -24,6 +24,7 @@ from hypershard.checkpoint.snapshot import take_snapshot
 from hypershard.checkpoint.stores import open_store
 from hypershard.distributed.process_group import World
 from hypershard.errors import HypershardError
+from hypershard.models.base import shard_dimension
 
 
 def mesh_of(world: World, replicas: int) -> DeviceMesh:
@@ -34,11 +35,14 @@ def mesh_of(world: World, replicas: int) -> DeviceMesh:
 
 
 def sharded(tensors: dict[str, torch.Tensor], mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """As FSDP2 shards: rows over the last mesh dimension; a number stays plain, the same on every rank."""
-    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
-    return {
-        name: distribute_tensor(tensor, mesh, placements) if tensor.ndim else tensor for name, tensor in tensors.items()
-    }
+    """As FSDP2 shards (parallel/fsdp.py) over the last mesh dimension; a number stays plain, the same on every rank."""
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        degree = mesh.size(mesh.ndim - 1)
+        placements = [Replicate()] * (mesh.ndim - 1) + [Shard(shard_dimension(tensor.shape, degree))]
+        return distribute_tensor(tensor, mesh, placements)
+
+    return {name: placed(tensor) if tensor.ndim else tensor for name, tensor in tensors.items()}
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

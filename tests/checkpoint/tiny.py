@@ -20,6 +20,7 @@ SHAPES = {
     "model/embedding": (7, 3),
     "model/one_row": (1, 4),
     "model/norm": (5,),
+    "model/experts": (3, 8, 4),
     "optimizer/exp_avg/embedding": (7, 3),
 }
 

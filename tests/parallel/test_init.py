@@ -36,6 +36,24 @@ def shards_differ(world: World, flags: str, cache_dir: Path) -> dict[str, float]
         }
 
 
+def fullest_shard(world: World, flags: str, cache_dir: Path) -> tuple[int, int]:
+    """Numbers of the experts that this rank holds, and of all."""
+    with a_job(world, flags, cache_dir) as job:
+        local = [p.to_local().numel() for name, p in job.parameters.items() if ".experts." in name]  # type: ignore[attr-defined]
+        whole = [p.numel() for name, p in job.parameters.items() if ".experts." in name]
+        return sum(local), sum(whole)
+
+
+def test_experts_fewer_than_the_ranks_are_spread_over_all_of_them(
+    pools: Callable[[int], RankPool], cache_dir: Path
+) -> None:
+    """By rows, one of four ranks would hold nothing of three experts, and the others a whole one each."""
+    flags = "--model tiny_mixtral --num_layers 1 --num_experts 3 --bf16 0 --max_steps 1"
+    assert all(local * 4 == whole for local, whole in pools(4).run(fullest_shard, flags, cache_dir))
+    expected = pools(1).run(whole_weights, flags, cache_dir)[0]
+    assert pools(4).run(whole_weights, flags, cache_dir) == [expected] * 4
+
+
 @pytest.fixture(scope="module")
 def reference(pools: Callable[[int], RankPool], cache_dir: Path) -> dict[str, str]:
     return pools(1).run(whole_weights, tiny(), cache_dir)[0]

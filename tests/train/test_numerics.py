@@ -91,11 +91,16 @@ def test_what_trades_memory_changes_no_bit(
     assert pools(2).run(train_losses, tiny(**base, **settings), cache_dir, 2)[0] == plain
 
 
-@pytest.mark.parametrize("model", ["tiny_mixtral", "tiny_llama4", "tiny_gpt2", "tiny_qwen2"])
+@pytest.mark.parametrize(
+    "model", ["tiny_mixtral", "tiny_mixtral --num_experts 3", "tiny_llama4", "tiny_gpt2", "tiny_qwen2"]
+)
 def test_every_family_trains_alike_on_one_and_two_ranks(
     pools: Callable[[int], RankPool], cache_dir: Path, model: str
 ) -> None:
-    """For the families with experts this includes the router's loss, which is counted per sequence."""
+    """For the families with experts this includes the router's loss, which is counted per sequence.
+
+    Three experts do not divide among two ranks, so each rank holds a part of each of them.
+    """
     common = f"--model {model} --num_layers 2 --max_context_width 64 --bf16 0 --max_steps 9 --lr 0.001 --warmup 0"
     one = pools(1).run(train_losses, f"{common} --train_batch_size 4", cache_dir, 3)[0]
     two = pools(2).run(train_losses, f"{common} --train_batch_size 1 --gradient_accumulation_steps 2", cache_dir, 3)[0]

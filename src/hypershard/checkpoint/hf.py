@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
+from ..distributed.mesh import local_part
 from ..errors import CheckpointError, DamagedCheckpoint
 from ..storage import make_directory, readable_errors, remove_tree, sync_directory, write_json
 from .hf_names import Piece, canonical_names, pieces_in, published_pieces
@@ -122,7 +122,7 @@ def _check_same_model(source: _Directory, pieces: Mapping[str, list[Piece]]) -> 
 
 def _fill(tensor: torch.Tensor, piece: Piece, source: _Directory) -> None:
     """Copy what `piece` and this rank's part of `tensor` have in common."""
-    local, starts = _local_part(tensor)
+    local, starts = local_part(tensor)
     first = [max(mine, its) for mine, its in zip(starts, piece.offsets, strict=True)]
     end = [
         min(mine + num, its + size)
@@ -135,14 +135,6 @@ def _fill(tensor: torch.Tensor, piece: Piece, source: _Directory) -> None:
     target = local[targets]
     values = source.slice_of(piece.name)[tuple(boxes[1:] if piece.squeezed else boxes)]
     target.copy_(values.reshape(target.shape))
-
-
-def _local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """This rank's part and where it starts in the whole tensor."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.ndim
-    local = tensor.to_local()
-    return local, tuple(tensor.__create_chunk_list__()[0].offsets)  # what torch's own checkpoints ask a DTensor
 
 
 @dataclass(frozen=True)

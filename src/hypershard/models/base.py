@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,6 +54,17 @@ class ParameterSpec:
         for size in self.shape:
             count *= size
         return count
+
+
+def shard_dimension(shape: Sequence[int], degree: int) -> int:
+    """The dimension along which `degree` ranks share a weight.
+
+    Rows, but where experts in one tensor [experts, ...] are fewer than the ranks or do not divide among them: there the
+    first other dimension that divides evenly, or most ranks would hold nothing and few of them everything.
+    """
+    if len(shape) > 2 and shape[0] % degree:
+        return next((index for index, size in enumerate(shape) if size % degree == 0), 0)
+    return 0
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from ..config.schema import ParallelConfig
-from ..distributed.mesh import num_replicas
+from ..distributed.mesh import num_replicas, shard_degree
+from ..models.base import shard_dimension
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def shard(
 ) -> ShardedModule:
     """Apply `fully_shard` to every block and then to `root`, in place.
 
-    Gradients are summed over ranks, not averaged: the loss is already divided by the global count of tokens.
+    Rows are what ranks share, of experts fewer than the ranks another dimension (models/base.py). Gradients are summed
+    over ranks, not averaged: the loss is already divided by the global count of tokens.
     """
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -72,12 +75,18 @@ def shard(
         else MixedPrecisionPolicy()
     )
     offload = CPUOffloadPolicy(pin_memory=pin_memory) if parallel.cpu_offload else OffloadPolicy()
+    degree = shard_degree(mesh)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(parameter.shape, degree))
+
     regather = parallel.sharding_strategy in ("full", "hybrid")
     for index, block in enumerate(blocks):
         fully_shard(
             block,
             mesh=mesh,
             reshard_after_forward=regather and index < len(blocks) - 1,
+            shard_placement_fn=placement,
             mp_policy=policy,
             offload_policy=offload,
         )

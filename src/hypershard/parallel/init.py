@@ -2,7 +2,7 @@
 
 The bits of a weight depend on the seed and the weight's name alone, never on the number of ranks or the
 strategy: a tensor is drawn in blocks of rows, each from a generator seeded by (seed, name, block), and a rank
-draws only the blocks that touch its rows.
+draws only the blocks that touch its rows, of which it keeps its part.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from ..distributed.mesh import local_part
 from ..models.family import ParameterSpec
 
 _BLOCK_NUMEL = 2**20  # numbers drawn per generator; part of what defines the bits, so never change it
@@ -42,35 +42,21 @@ def materialise(root: nn.Module, *, parameter_device: torch.device, buffer_devic
 def initialise(
     parameters: Mapping[str, torch.Tensor], specs: Sequence[ParameterSpec], *, seed: int, device: torch.device
 ) -> None:
-    """Fill `parameters` (plain or sharded along rows) as `specs` say. Random numbers are drawn on `device`."""
+    """Fill `parameters` (plain or sharded) as `specs` say. Random numbers are drawn on `device`."""
     for spec in specs:
         parameter = parameters[spec.name]
-        local, first_row = local_rows(parameter)
+        local, starts = local_part(parameter)
         if spec.init == "normal":
-            _draw_normal(local, spec, first_row=first_row, seed=seed, device=device)
+            _draw_normal(local, spec, starts=starts, seed=seed, device=device)
         else:
             local.fill_({"zeros": 0.0, "ones": 1.0}[spec.init])
 
 
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a tensor that is whole or sharded along dimension 0, and the first one's number."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    first_row, num_rows = 0, tensor.shape[0]
-    for dimension, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        assert placement.is_shard(0), f"FSDP2 shards rows, found {placement}"
-        # DTensor's Shard follows torch.chunk: every rank has ceil(rows / ranks) rows, the last ones fewer or none.
-        chunk = -(-num_rows // tensor.device_mesh.size(dimension))
-        offset = min(chunk * tensor.device_mesh.get_local_rank(dimension), num_rows)
-        first_row, num_rows = first_row + offset, min(chunk, num_rows - offset)
-    local = tensor.to_local()
-    assert local.shape[0] == num_rows, f"{tuple(local.shape)} against {num_rows} rows"
-    return local, first_row
-
-
-def _draw_normal(local: torch.Tensor, spec: ParameterSpec, *, first_row: int, seed: int, device: torch.device) -> None:
+def _draw_normal(
+    local: torch.Tensor, spec: ParameterSpec, *, starts: tuple[int, ...], seed: int, device: torch.device
+) -> None:
+    first_row = starts[0]
+    within = tuple(slice(start, start + size) for start, size in zip(starts[1:], local.shape[1:], strict=True))
     row_shape = tuple(spec.shape[1:])
     row_numel = 1
     for size in row_shape:
@@ -85,5 +71,5 @@ def _draw_normal(local: torch.Tensor, spec: ParameterSpec, *, first_row: int, se
         generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
         drawn = torch.randn((num_rows, *row_shape), generator=generator, device=device).mul_(spec.std)
         stop = min(end, start + num_rows)
-        local[row - first_row : stop - first_row].copy_(drawn[row - start : stop - start])
+        local[row - first_row : stop - first_row].copy_(drawn[(slice(row - start, stop - start), *within)])
         row = stop
