@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         count = arguments.steps * CONTEXT * BATCH_SIZE * RANKS
-        source = open_dataset(DataConfig()).train
+        source = open_dataset(DataConfig()).members[0].train
         ids = np.resize(source.read(0, min(count, source.num_tokens)), count)
         ids.astype(np.uint16).tofile(folder / "tokens.bin")
         rounds = []

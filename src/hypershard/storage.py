@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StorageError
+from .log import logger
 
 
 def local_path(location: str | os.PathLike[str], *, flag: str) -> Path:
@@ -93,3 +95,46 @@ def remove_tree(path: Path) -> None:
     """Delete a directory; being gone already is fine."""
     with readable_errors(path, "deleting"), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, doing: str) -> Iterator[None]:
+    """Be the only process `doing` something, on all machines that share the disk: the one that holds the file `path`.
+
+    Waits for another that does. A lock ends with the process that holds it, however it ends; then the file is gone.
+    On a file system without locks a warning says so, and that is all. StorageError: the file cannot be made.
+    """
+    with readable_errors(path, "locking"):
+        descriptor = _hold(path, doing)
+    try:
+        yield
+    finally:
+        # Deleted while it is held: who waited for this file finds that it is gone and takes a new one.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _hold(path: Path, doing: str) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(descriptor, path, doing)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:  # an interrupt too, while it waits: nobody else knows of the descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path, doing: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info(f"another process is {doing}; waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning(f"{path.parent} is on a file system without locks: let one process at a time be {doing}")

@@ -10,8 +10,9 @@ import pytest
 
 from hypershard.cli import prepare
 from hypershard.config.schema import DataConfig
+from hypershard.data.bins.meta import read_meta
 from hypershard.data.bins.prepare import SPLIT_SEED, VAL_SHARE
-from hypershard.data.bins.token_bins import open_token_bins, read_meta
+from hypershard.data.bins.token_bins import open_token_bins
 from hypershard.data.open import EMBEDDED_VAL_SHARE
 from hypershard.errors import ConfigError, DataError, StorageError
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hypershard.data.bins.meta import BinsMeta
 from hypershard.data.bins.prepare import prepare
-from hypershard.data.bins.token_bins import BinsMeta, TokenBins
+from hypershard.data.bins.token_bins import TokenBins
 from hypershard.data.embedded import TOKENIZER_PATH
 from hypershard.data.encode.encoder import EncoderSpec, encoder_spec
 from hypershard.data.encode.tokenizer import load_tokenizer

@@ -147,7 +147,7 @@ def test_a_template_for_plain_text_is_refused(tmp_path):
     ],
 )
 def test_the_kind_is_guessed_from_a_list_of_messages(document, expected):
-    assert guess_kind(document, messages_field="messages", text_field="text") == expected
+    assert guess_kind(document, messages_field="messages") == expected
 
 
 def test_a_template_that_ends_no_turn_gets_the_end_token_which_is_learnt_after_an_answer(tmp_path):

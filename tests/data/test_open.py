@@ -132,6 +132,26 @@ def test_conversations_are_not_streamed_and_not_cut_by_windows(chat: DataConfig)
         training_sources(open_dataset(cut), cut, context_tokens=64)
 
 
+def test_a_text_field_is_refused_unless_something_read_is_text(chat: DataConfig, tmp_path: Path) -> None:
+    texts = tmp_path / "text.jsonl"
+    texts.write_text("".join(json.dumps({"content": text}) + "\n" for text in documents(60)))
+    given = vars(chat) | {"text_field": "content"}
+    for kind in ("auto", "chat"):
+        with pytest.raises(DataError, match=r"--text_field=content.*conversations.*--messages_field=messages.*drop"):
+            open_dataset(DataConfig(**(given | {"data_kind": kind})))
+    # Of a mixture, the member that is text needs it. A template of one's own would be refused beside text.
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(TOKENIZER_PATH, tmp_path / "tokenizer" / "tokenizer.json")
+    shutil.copy(str(chat.chat_template), tmp_path / "tokenizer" / "chat_template.jinja")
+    mixture = {
+        "dataset": f"{chat.dataset}:1,{texts}:1",
+        "chat_template": None,
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
+    members = open_dataset(DataConfig(**(given | mixture))).members
+    assert [member.is_chat for member in members] == [True, False]
+
+
 # --- streams and mixtures
 
 

@@ -9,8 +9,9 @@ from data_texts import documents
 from prepared import decoded
 
 from hypershard.cli import prepare
+from hypershard.data.bins.meta import read_meta
 from hypershard.data.bins.recipes import RECIPES
-from hypershard.data.bins.token_bins import open_token_bins, read_meta
+from hypershard.data.bins.token_bins import open_token_bins
 from hypershard.data.embedded import TOKENIZER_PATH
 from hypershard.errors import ConfigError
 

@@ -8,7 +8,8 @@ import pytest
 from data_texts import documents, write_jsonl
 from prepared import TEMPLATE, prepared, spec_of
 
-from hypershard.data.bins.token_bins import dtype_for, numpy_dtype, open_token_bins, read_meta, verify
+from hypershard.data.bins.meta import read_meta
+from hypershard.data.bins.token_bins import dtype_for, numpy_dtype, open_token_bins, verify
 from hypershard.errors import DataError
 
 

@@ -12,7 +12,6 @@ def smi(index: int = 0, **changes: str) -> str:
         "name": "NVIDIA H100 80GB HBM3",
         "memory.total": "81559",
         "memory.used": "1",
-        "ecc.mode": "Enabled",
         "corrected": "0",
         "uncorrected": "0",
         "persistence": "Enabled",

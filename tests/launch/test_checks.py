@@ -68,9 +68,9 @@ def test_what_ails_one_gpu(changes: dict[str, str], line: str, status: Status, r
 
 
 def test_values_that_a_gpu_does_not_have_are_none() -> None:
-    (gpu,) = checks_gpu.parse_gpus(smi(**{"ecc.mode": "[N/A]", "corrected": "[N/A]", "uncorrected": "[N/A]"}))
-    assert (gpu.ecc_is_on, gpu.corrected_errors, gpu.uncorrected_errors) == (None, None, None)
-    with pytest.raises(ValueError, match="expected 12 values"):
+    (gpu,) = checks_gpu.parse_gpus(smi(corrected="[N/A]", uncorrected="[N/A]"))
+    assert (gpu.corrected_errors, gpu.uncorrected_errors) == (None, None)
+    with pytest.raises(ValueError, match="expected 11 values"):
         checks_gpu.parse_gpus("0, NVIDIA H100 80GB HBM3")
 
 

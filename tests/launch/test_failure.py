@@ -10,7 +10,7 @@ OUTPUT = """\
 16:31:20 I run directory /fsx/runs/one
 step 70/100000  loss 8.2964  norm 1.06
 16:31:41 E rank 3 Traceback (most recent call last):
-  File "/work/train.py", line 139, in _train
+  File "hypershard/cli/train.py", line 139, in _train
 RuntimeError: CUDA error: an illegal memory access was encountered
 16:31:42 W rank 1 another rank left the job; its own log says why
 16:31:42 E rank 2 something that followed from it

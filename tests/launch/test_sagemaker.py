@@ -311,7 +311,8 @@ COMMAND = ("--model", "llama3_8b", "--instance", "p5", "--role", ROLE, "--image"
 
 
 def test_dry_run_prints_the_request_without_torch_boto3_or_credentials() -> None:
-    done = dry_run(*COMMAND, "--nodes", "2", "--tag", "a=b", "--train_batch_size", "2", "--dry_run")
+    words = ["--nodes", "2", "--tag", "a=b", "--train_batch_size", "2", "--activation_checkpointing=1", "--dry_run"]
+    done = dry_run(*COMMAND, *words)
     assert done.returncode == 0, done.stderr
     request = json.loads(done.stdout)
     assert not violations(request, "CreateTrainingJob", service="sagemaker")

@@ -79,7 +79,7 @@ def test_every_model_has_nodes_that_hold_it() -> None:
     for model, size in billions.items():
         plan = plan_for(model)
         row = by_name[str(plan.instance)]
-        gib = plan.num_nodes * row.num_gpus * row.gpu_memory_gib
+        gib = plan.num_nodes * row.num_gpus * row.gpu_memory_mib / 1024
         assert size * 1e9 * 16 / 2**30 <= gib / 4, model
 
 
@@ -221,6 +221,7 @@ def test_no_unfilled_place_is_left() -> None:
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["slurm", "--model=llama3_8b", "--instance=p4d", "--nodes=3", "--partition=gpu", "--environment=A=b=c"]
+    words.append("--activation_checkpointing=1")
     assert launch.run([*words, "--dry_run", "--train_batch_size=1", "--lr", "3e-4"]) == 0
     text = capsys.readouterr().out
     assert "#SBATCH --nodes=3\n" in text

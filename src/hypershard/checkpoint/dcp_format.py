@@ -87,8 +87,8 @@ def write_part(plan: SavePlan, parts: Mapping[MetadataIndex, torch.Tensor], sink
         begin = stream.tell()
         try:
             torch.save(tensor, cast(IO[bytes], stream))
-        except Exception:
-            if stream.refusal is not None:  # torch's zip writer hides it behind an error of its own
+        except Exception:  # whatever torch's zip writer makes of the sink's refusal, which it hides
+            if stream.refusal is not None:
                 raise stream.refusal from None
             raise
         places[item.index] = Place(file, begin, stream.tell() - begin)

@@ -156,8 +156,11 @@ class CheckpointManager:
 
         Raises StorageError when a place cannot be written or is not shared, or memory does not suffice; CheckpointError
         when a place holds newer checkpoints than `step`: they are of another run, and the next resume would take them
-        for this one's.
+        for this one's. Does nothing, aloud, when no tier is on.
         """
+        if not self.saves:
+            logger.warning("no checkpoint tier is on: nothing will be saved, and a stop loses the run")
+            return
         for level in self.levels:
             self._begin_level(level, step)
         self._lineage = self._control.on_main(

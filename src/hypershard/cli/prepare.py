@@ -18,8 +18,8 @@ from ..errors import ConfigError
 from ..units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from ..data.bins.meta import BinsMeta
     from ..data.bins.prepare import Progress
-    from ..data.bins.token_bins import BinsMeta
     from ..data.open import Text
 
 _DESCRIPTION = """\

@@ -8,6 +8,11 @@ from __future__ import annotations
 from ..errors import ConfigError
 from .schema import Config, DataConfig, ModelConfig, ParallelConfig
 
+# What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
+# Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
+_WIDEST_FLASH_HEAD = 192
+_FLASH_HEAD_MULTIPLE = 8
+
 
 def check(config: Config) -> None:
     """Refuse combinations that are wrong whatever the number of GPUs. Raises ConfigError."""
@@ -77,6 +82,26 @@ def check_world(parallel: ParallelConfig, *, world_size: int, local_world_size: 
                 f"--hybrid_shard_degree={degree} does not divide the {world_size} ranks of this job; "
                 f"choose one of {[d for d in range(1, world_size + 1) if world_size % d == 0]}"
             )
+
+
+def flash_obstacle(model: ModelConfig, parallel: ParallelConfig) -> str | None:
+    """What a GPU's flash kernel cannot do of this run, in words; None where it serves. `model` is complete."""
+    if not parallel.bf16:
+        return "the flash kernel computes in bfloat16, found --bf16=0"
+    width = model.head_width or 0
+    if width % _FLASH_HEAD_MULTIPLE or width > _WIDEST_FLASH_HEAD:
+        return (
+            f"the flash kernel takes heads whose width is a multiple of {_FLASH_HEAD_MULTIPLE} up to "
+            f"{_WIDEST_FLASH_HEAD}, found --head_width={width}"
+        )
+    return None
+
+
+def check_attention(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse --attention=varlen on GPUs whose kernel does not serve. `model` is complete. Raises ConfigError."""
+    obstacle = flash_obstacle(model, parallel)
+    if parallel.attention == "varlen" and obstacle is not None:
+        raise ConfigError(f"--attention=varlen: {obstacle}; choose --attention=dense or auto")
 
 
 def check_vocabulary(model: ModelConfig, *, tokenizer_vocab_size: int) -> None:

@@ -11,8 +11,9 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from .packing import Batch, batch_of
 from .rows import Rows
 
 _STOP_SECONDS = 5.0  # for the thread to finish the step it is at
+
+_Begun = list[list[Place]]  # a step's samples by micro-step, whose rows have been asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +77,18 @@ class Loader:
 
     def _next(self, first_position: int, accumulation: int) -> _Made:
         if not self._prefetch_steps:
-            places = self._places(first_position, accumulation)
-            self._ask(places)
-            return self._make(places)
-        if self._ahead is not None and self._ahead.expected != (first_position, accumulation):
+            return self._make(self._begin(first_position, accumulation=accumulation))
+        step_size = self._share.step_size(accumulation)
+        if self._ahead is not None and self._ahead.expected != (first_position, step_size):
             self.close()
         if self._ahead is None:
-            self._ahead = _Ahead(self, first_position, accumulation, num_steps=self._prefetch_steps)
+            self._ahead = _Ahead(
+                partial(self._begin, accumulation=accumulation),
+                self._make,
+                first_position=first_position,
+                step_size=step_size,
+                num_steps=self._prefetch_steps,
+            )
         return self._ahead.take()
 
     def close(self) -> None:
@@ -95,15 +103,15 @@ class Loader:
         self.close()
         self._feed.restore(num_lanes, cursors=cursors)
 
-    def _places(self, first_position: int, accumulation: int) -> list[list[Place]]:
+    def _begin(self, first_position: int, *, accumulation: int) -> _Begun:
+        """Ask for a step's rows."""
         share = self._share
-        return [self._feed.places(share.positions(first_position, number)) for number in range(accumulation)]
-
-    def _ask(self, places: Sequence[Sequence[Place]]) -> None:
+        places = [self._feed.places(share.positions(first_position, number)) for number in range(accumulation)]
         for micro_step in places:
             self._feed.ask(micro_step)
+        return places
 
-    def _make(self, places: Sequence[Sequence[Place]]) -> _Made:
+    def _make(self, places: _Begun) -> _Made:
         """The batches of a step whose rows have been asked for."""
         batches, used = [], []
         for micro_step in places:
@@ -119,29 +127,39 @@ class Loader:
 
 
 class _Ahead:
-    """A thread that makes the steps from `first_position` on, `num_steps` ahead of those taken."""
+    """A thread that makes the steps from `first_position` on, `num_steps` ahead of those taken.
 
-    def __init__(self, loader: Loader, first_position: int, accumulation: int, *, num_steps: int):
-        self.expected = (first_position, accumulation)
-        self._loader = loader
+    `begin` asks for the rows of the step at a position, `make` makes its batches. `expected`: the first position and
+    the size of the step that comes next.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[int], _Begun],
+        make: Callable[[_Begun], _Made],
+        *,
+        first_position: int,
+        step_size: int,
+        num_steps: int,
+    ):
+        self.expected = (first_position, step_size)
+        self._begin = begin
+        self._make = make
         self._num_steps = num_steps
-        self._step_size = loader._share.step_size(accumulation)
         self._made: queue.Queue[_Made | Exception] = queue.Queue(maxsize=num_steps)
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hypershard-loader", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        position, accumulation = self.expected
-        asked: deque[list[list[Place]]] = deque()
+        position, step_size = self.expected
+        begun: deque[_Begun] = deque()
         try:
             while not self._is_stopped.is_set():
-                while len(asked) < self._num_steps:  # workers are at later steps while this one is put together
-                    places = self._loader._places(position, accumulation)
-                    self._loader._ask(places)
-                    asked.append(places)
-                    position += self._step_size
-                self._put(self._loader._make(asked.popleft()))
+                while len(begun) < self._num_steps:  # workers are at later steps while this one is put together
+                    begun.append(self._begin(position))
+                    position += step_size
+                self._put(self._make(begun.popleft()))
         except Exception as error:  # raised where the step is taken
             self._put(error)
 
@@ -158,8 +176,8 @@ class _Ahead:
         if isinstance(made, Exception):
             self._made.put(made)  # for whoever asks again
             raise made
-        first_position, accumulation = self.expected
-        self.expected = (first_position + self._step_size, accumulation)
+        first_position, step_size = self.expected
+        self.expected = (first_position + step_size, step_size)
         return made
 
     def stop(self) -> None:

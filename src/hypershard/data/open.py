@@ -11,10 +11,11 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..errors import DataError
 from ..log import logger
+from .bins.meta import META_FILE, read_meta
 from .bins.nanogpt import is_nanogpt, open_nanogpt
 from .bins.prepare import VAL_SHARE
 from .bins.text import prepare_text
-from .bins.token_bins import META_FILE, open_token_bins, read_meta
+from .bins.token_bins import open_token_bins
 from .embedded import CORPUS_PATH, TOKENIZER_PATH
 from .encode.encoder import EncoderSpec, encoder_spec, guess_kind
 from .encode.tokenizer import TextTokenizer, load_tokenizer
@@ -102,7 +103,7 @@ class Dataset:
 def open_dataset(data: DataConfig) -> Dataset:
     """Open what `data.dataset` names; text that is not streamed is tokenised first unless the cache holds it.
 
-    With several processes on a node call `prepare_dataset` on one of them first and wait for it.
+    With several processes on a node, open it in one of them first: the others find in the cache what that one made.
     DataError: unknown kind, missing, truncated or empty files, tokenizers that do not fit each other or the data.
     """
     members = tuple(_open_member(name, weight, data) for name, weight in _named(data))
@@ -120,14 +121,6 @@ def open_dataset(data: DataConfig) -> Dataset:
         vocab_size=first.vocab_size,
         eos_token_id=first.eos_token_id,
     )
-
-
-def prepare_dataset(data: DataConfig) -> None:
-    """Do for all processes of this node what they would all do: list hubs, tokenise text, hold out validation data.
-
-    Errors: see `open_dataset`.
-    """
-    open_dataset(data)
 
 
 def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:
@@ -168,7 +161,8 @@ def _named(data: DataConfig) -> list[tuple[str, Fraction | None]]:
 def resolve_text(name: str, data: DataConfig) -> Text:
     """The files behind `name` and their encoder. The tokenizer: as given, else the data's own, else the embedded one.
 
-    DataError: nothing there, a kind not understood, no usable tokenizer or chat template.
+    DataError: nothing there, a kind not understood, no usable tokenizer or chat template, --text_field given for
+    conversations.
     """
     if name == EMBEDDED:
         files = find_files(str(CORPUS_PATH), dataset_config_name=None, cache_dir=_cache_dir(data))
@@ -180,6 +174,8 @@ def resolve_text(name: str, data: DataConfig) -> Text:
         _tell_of_embedded_tokenizer()
     tokenizer = _tokenizer(data, default)
     kind = data.data_kind if data.data_kind != "auto" else _kind(files, data)
+    if kind == "chat":
+        _refuse_text_field(name, data)
     encoder = encoder_spec(
         kind=kind,
         tokenizer=tokenizer,
@@ -191,12 +187,22 @@ def resolve_text(name: str, data: DataConfig) -> Text:
     return Text(name=name, files=tuple(files), encoder=encoder, val_share=val_share)
 
 
+def _refuse_text_field(name: str, data: DataConfig) -> None:
+    """Raises DataError for --text_field, where all that is read is conversations."""
+    if data.text_field != _DEFAULTS["text_field"] and len(_named(data)) == 1:
+        raise DataError(
+            f"--text_field={data.text_field}: --dataset={name} holds conversations, which are read from "
+            f"--messages_field={data.messages_field}; drop the flag, or set --data_kind=text to read that field as "
+            f"plain text"
+        )
+
+
 def _kind(files: list[DataFile], data: DataConfig) -> str:
     """What the first document says."""
     columns = (data.text_field, data.messages_field)
     for file in files:
         for document in read_documents(file, columns=columns, part=WHOLE, skip=0):
-            return guess_kind(document, messages_field=data.messages_field, text_field=data.text_field)
+            return guess_kind(document, messages_field=data.messages_field)
     return "text"
 
 

@@ -16,7 +16,6 @@ _FIELDS = (
     "name",
     "memory.total",
     "memory.used",
-    "ecc.mode.current",
     "ecc.errors.corrected.volatile.total",
     "ecc.errors.uncorrected.volatile.total",
     "persistence_mode",
@@ -71,7 +70,6 @@ class GpuState:
     name: str
     memory_mib: int | None
     used_mib: int | None
-    ecc_is_on: bool | None
     corrected_errors: int | None
     uncorrected_errors: int | None
     is_persistent: bool | None
@@ -107,7 +105,6 @@ def parse_gpus(csv: str) -> list[GpuState]:
                 name=row["name"],
                 memory_mib=_number(row["memory.total"]),
                 used_mib=_number(row["memory.used"]),
-                ecc_is_on=_switch(row["ecc.mode.current"]),
                 corrected_errors=_number(row["ecc.errors.corrected.volatile.total"]),
                 uncorrected_errors=_number(row["ecc.errors.uncorrected.volatile.total"]),
                 is_persistent=_switch(row["persistence_mode"]),

@@ -203,7 +203,7 @@ def _one_try(place: NodePlace, wait: Wait, silent_seconds: int) -> _Line:
                 for note in line.read(most_bytes=1):
                     line.peer = dataclasses.replace(note, node=0)
                     return line
-    except BaseException:
+    except BaseException:  # an interrupt too: nobody else knows of the connection yet
         line.socket.close()
         raise
     raise TimeoutError

@@ -59,8 +59,7 @@ def hub_request(doing: str, url: str, *, patience: Patience, headers: dict[str, 
         timeout = (patience.connect_seconds, patience.read_seconds, patience.read_seconds, None)
         try:
             answer = library.utils.get_session().get(url, headers=own | (headers or {}), timeout=timeout)
-        except Exception as error:
-            # By name: the library has changed its HTTP client twice, and the names stayed.
+        except Exception as error:  # told by name: the library has changed its HTTP client twice, the names stayed
             kinds = {kind.__name__ for kind in type(error).__mro__}
             if "TransportError" in kinds:
                 raise Passing(f"{host} cannot be reached ({type(error).__name__}: {error})") from error

@@ -90,7 +90,7 @@ class Upload(io.RawIOBase):
                     self._collect_one()
                 self._complete()
                 self._pool.shutdown()
-        except BaseException:
+        except BaseException:  # also a signal: what stays in the bucket costs money
             self.abort()
             raise
         super().close()

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.checks import check_attention, flash_obstacle
 from ..config.schema import Config, ModelConfig
 from ..data.packing import Batch
-from ..errors import ConfigError
 from ..models.family import family_of
-
-# What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
-# Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
-_WIDEST_HEAD = 192
-_HEAD_MULTIPLE = 8
 
 # Borders int32 [num_segments + 1], from 0 to B*T; and a tensor without content whose first size is the longest
 # segment's length in tokens (models/attention_modules.py).
@@ -70,26 +65,11 @@ def choose_attention(config: Config, model: ModelConfig, device: torch.device) -
     Comes after refuse_missing_bf16, which leaves only GPUs that the kernel runs on.
     """
     family = family_of(model.model_type)
-    wanted, path = config.parallel.attention, "dense"
-    obstacle = _obstacle(config, family.complete(model)) if device.type == "cuda" else None
-    if wanted == "varlen":
-        if obstacle is not None:
-            raise ConfigError(f"--attention=varlen: {obstacle}; choose --attention=dense or auto")
-        path = "varlen"
+    complete, parallel = family.complete(model), config.parallel
+    path = "varlen" if parallel.attention == "varlen" else "dense"
     # On a CPU both are made of the same products; dense keeps a run's losses what they were.
-    elif wanted == "auto" and device.type == "cuda" and config.data.document_mask:
-        path = "dense" if obstacle is not None or model.attn_pdrop else "varlen"
+    if device.type == "cuda":
+        check_attention(complete, parallel)
+        if parallel.attention == "auto" and config.data.document_mask and not model.attn_pdrop:
+            path = "dense" if flash_obstacle(complete, parallel) is not None else "varlen"
     return Attention(path, family.chunk_tokens(model))
-
-
-def _obstacle(config: Config, model: ModelConfig) -> str | None:
-    """What the flash kernel cannot do of this run, in words; None where it serves. `model` is complete."""
-    if not config.parallel.bf16:
-        return "the flash kernel computes in bfloat16, found --bf16=0"
-    width = model.head_width or 0
-    if width % _HEAD_MULTIPLE or width > _WIDEST_HEAD:
-        return (
-            f"the flash kernel takes heads whose width is a multiple of {_HEAD_MULTIPLE} up to {_WIDEST_HEAD}, "
-            f"found --head_width={width}"
-        )
-    return None

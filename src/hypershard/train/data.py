@@ -11,7 +11,7 @@ from typing import Any
 from ..config.schema import Config, DataConfig
 from ..data.feed import Feed, encoded_cursors, merged_cursors
 from ..data.loader import Loader, Share, validation_batches
-from ..data.open import Dataset, Text, open_dataset, prepare_dataset
+from ..data.open import Dataset, Text, open_dataset
 from ..data.packing import Batch
 from ..data.sequences import packing_of, training_sources, validation_sources
 from ..data.stream import StreamSpec
@@ -52,11 +52,15 @@ class TrainingData:
 
 
 def open_data(config: Config, world: World) -> Dataset:
-    """Open the data set; on each node one rank lists, tokenises and caches while the others wait."""
-    if world.ranks.local_rank == 0:
-        prepare_dataset(config.data)
+    """Open the data set, on each node in one rank first: it lists, tokenises and caches while the others wait.
+
+    DataError, StorageError: as `open_dataset` raises them; a rank that leaves with one ends the wait of the others.
+    ConfigError: the ranks differ in flags or files.
+    """
+    dataset = open_dataset(config.data) if world.ranks.local_rank == 0 else None
     barrier()
-    dataset = open_dataset(config.data)
+    if dataset is None:
+        dataset = open_dataset(config.data)
     refuse_unequal_ranks(config, dataset)
     return dataset
 

@@ -11,14 +11,7 @@ from numpy.typing import NDArray
 
 from ..packs import best_fit
 from .analyze import DatasetAnalysis
-from .repetition import (
-    MOST_PRETRAINING_EPOCHS,
-    MUENNIGHOFF,
-    OUYANG,
-    SMALL_FINE_TUNING_SAMPLES,
-    most_fine_tuning_epochs,
-    worth_in_epochs,
-)
+from .repetition import DataWarning, Passes, repetition_warnings, small_set_warnings
 
 # Copies of this share of the documents: between what a careful corpus holds (Wiki-40B, 0.39%) and a crawl (C4, 3.04%)
 # in table 2 of Lee et al. 2021, "Deduplicating Training Data Makes Language Models Better".
@@ -69,29 +62,16 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
-    """What a plan makes of one data set; None where its size is not known.
+class Use(Passes):
+    """What a plan makes of one data set, packed as in `fit`; None where its size is not known.
 
-    `share` of all sequences come from it. `steps_per_epoch`: steps of the plan in which it is read once. `epochs`:
-    passes over it, packed as in `fit`. `unpacked_epochs`: with one sample a sequence, as trainers that do not pack.
+    `share` of all sequences come from it.
     """
 
     fit: Fit
     share: float
     num_steps: int | None
     num_tokens_seen: int | None
-    steps_per_epoch: float | None
-    epochs: float | None
-    unpacked_epochs: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataWarning:
-    """`code` for programs, `text` for people, `source` where it is known from ('' for the program's own rules)."""
-
-    code: str
-    text: str
-    source: str
 
 
 def fit_of(analysis: DatasetAnalysis, *, context_tokens: int, packing: str, long_documents: str) -> Fit:
@@ -171,14 +151,11 @@ def warnings(analysis: DatasetAnalysis, use: Use | None, *, is_fine_tuning: bool
     """What to look at before training on it as `use` says; None: no plan yet."""
     found = [*_row_warnings(analysis)]
     num_samples = analysis.num_samples_in_all
-    if is_fine_tuning and num_samples is not None and num_samples < SMALL_FINE_TUNING_SAMPLES:
-        text = (
-            f"{num_samples:,} samples are a small set (under {SMALL_FINE_TUNING_SAMPLES:,}), soon over-fitted: "
-            f"validate often, and keep the checkpoint of the lowest validation loss"
-        )
-        found.append(DataWarning(code="small_set", text=text, source=OUYANG))
+    if is_fine_tuning:
+        found += small_set_warnings(num_samples)
     if use is not None:
-        found += [*_epoch_warnings(analysis, use, is_fine_tuning=is_fine_tuning), *_fit_warnings(analysis, use.fit)]
+        found += repetition_warnings(use, num_samples=num_samples, is_fine_tuning=is_fine_tuning)
+        found += _fit_warnings(analysis, use.fit)
     return found
 
 
@@ -197,30 +174,6 @@ def _row_warnings(analysis: DatasetAnalysis) -> list[DataWarning]:
         text = f"{analysis.num_near_empty:,} documents are empty or nearly so; look at them before training"
         found.append(DataWarning(code="near_empty", text=text, source=""))
     return found
-
-
-def _epoch_warnings(analysis: DatasetAnalysis, use: Use, *, is_fine_tuning: bool) -> list[DataWarning]:
-    if use.epochs is None or use.unpacked_epochs is None or analysis.num_samples_in_all is None:
-        return []
-    num_samples = analysis.num_samples_in_all
-    if not is_fine_tuning:
-        if use.epochs <= MOST_PRETRAINING_EPOCHS:
-            return []
-        text = (
-            f"{use.epochs:.1f} epochs: up to {MOST_PRETRAINING_EPOCHS} are nearly as good as new data; these are worth "
-            f"{worth_in_epochs(use.epochs):.1f}. Train shorter, or on more data"
-        )
-        return [DataWarning(code="repetition", text=text, source=MUENNIGHOFF)]
-    most = most_fine_tuning_epochs(num_samples)
-    if use.epochs <= most:
-        return []
-    text = f"{use.epochs:.1f} epochs over {num_samples:,} samples"
-    if round(use.unpacked_epochs, 1) != round(use.epochs, 1):
-        text += f" ({use.unpacked_epochs:.1f} where a sequence holds one sample)"
-    text += f": over-fitting is likely beyond {most}"
-    if use.steps_per_epoch is not None:
-        text += f", which are {int(most * use.steps_per_epoch):,} steps"
-    return [DataWarning(code="epochs", text=text, source=OUYANG)]
 
 
 def _fit_warnings(analysis: DatasetAnalysis, fit: Fit) -> list[DataWarning]:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from ...config.schema import DataConfig
 from ...errors import DataError
+from ..bins.meta import read_meta
 from ..bins.nanogpt import is_nanogpt
 from ..bins.prepare import BYTES_PER_PROCESS, Progress
-from ..bins.token_bins import dtype_for, numpy_dtype, read_meta
+from ..bins.token_bins import dtype_for, numpy_dtype
 from ..mixture import parse_dataset
 from ..open import Text, bins_folder, open_bins, resolve_text
 from ..records import Malformed

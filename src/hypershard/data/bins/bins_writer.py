@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ...storage import readable_errors
 from .encoding_pool import EncodedBatch, Place
-from .token_bins import SPLITS, STARTS_DTYPE, TARGETS_DTYPE, FileMeta, SplitMeta, file_sha256
+from .meta import SPLITS, FileMeta, SplitMeta
+from .token_bins import STARTS_DTYPE, TARGETS_DTYPE, file_sha256
 
 # Where the hash picks no document, the last one validates, unless it is a larger share of the tokens than this.
 LARGEST_LAST_DOCUMENT = 0.1

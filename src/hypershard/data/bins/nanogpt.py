@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ...errors import DataError
 from ...storage import readable_errors
 from ..encode.tokenizer import load_tokenizer
-from .token_bins import META_FILE, SPLITS, STARTS_NAMES
+from .meta import META_FILE, SPLITS
+from .token_bins import STARTS_NAMES
 
 PICKLE_FILE = "meta.pkl"
 # GPT-2's BPE, as data/openwebtext/prepare.py and data/shakespeare/prepare.py use it through tiktoken.

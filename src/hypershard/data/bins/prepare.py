@@ -26,7 +26,8 @@ from ..encode.tokenizer import COMPANION_FILES
 from ..records import DataFile, Malformed
 from .bins_writer import BinsWriter, Point, SplitCounts, SplitRule
 from .encoding_pool import Place, encoded, read_batches
-from .token_bins import FORMAT_VERSION, META_FILE, BinsMeta, dtype_for, numpy_dtype
+from .meta import FORMAT_VERSION, META_FILE, BinsMeta
+from .token_bins import dtype_for, numpy_dtype
 from .unfinished import Unfinished, locked
 
 VAL_SHARE = 0.01
@@ -166,7 +167,7 @@ class _Work:
         """Tokenise what is left of the files. After an error or an interrupt, what is done is kept."""
         try:
             self._read(num_processes, progress)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: it may end hours of work
             self._keep()
             if self._writer.point.num_documents and isinstance(error, HypershardError):
                 kept = f"{self._writer.point.num_documents:,} documents are done; the same command goes on from there"

@@ -12,8 +12,8 @@ from ...units import format_bytes
 from ..encode.encoder import EncoderSpec
 from ..records import DataFile
 from .encoding_pool import num_cores
+from .meta import FORMAT_VERSION, META_FILE, read_meta
 from .prepare import SPLIT_SEED, log_progress, prepare
-from .token_bins import FORMAT_VERSION, META_FILE, read_meta
 
 
 def prepare_text(

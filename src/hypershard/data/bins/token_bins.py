@@ -10,9 +10,7 @@ Nothing but numbers is in the first three, so they can be memory-mapped at any s
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DataError
-from ...storage import read_json
+from .meta import DTYPES, MAKE_AGAIN, SPLITS, BinsMeta, FileMeta, SplitMeta, read_meta
 
-META_FILE = "meta.json"
-FORMAT = "hypershard token bins"
-FORMAT_VERSION = 2
-SPLITS = ("train", "val")
-_DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 STARTS_NAMES = tuple(f"{split}.starts" for split in SPLITS)
 STARTS_DTYPE = np.dtype("<i8")
 TARGETS_DTYPE = np.dtype("u1")
-_MAKE_AGAIN = "make the folder again with `hypershard prepare` (or delete it, if it is one kept in --cache_dir)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileMeta:
-    """A file of the folder as it was written."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitMeta:
-    """One split: how much, and in which files. `targets` None: the loss counts every token."""
-
-    num_tokens: int
-    num_documents: int
-    tokens: FileMeta
-    starts: FileMeta
-    targets: FileMeta | None
-
-    @property
-    def files(self) -> tuple[FileMeta, ...]:
-        return (self.tokens, self.starts) if self.targets is None else (self.tokens, self.starts, self.targets)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BinsMeta:
-    """The content of meta.json. `encoding` names everything that decided the tokens (see `EncoderSpec.identity`)."""
-
-    dtype: str  # uint16 or uint32
-    vocab_size: int
-    eos_token_id: int | None
-    tokenizer_file: str | None
-    tokenizer_sha256: str | None
-    encoding: str
-    num_malformed_rows: int
-    longest_document_tokens: int
-    train: SplitMeta
-    val: SplitMeta
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -83,60 +32,7 @@ def dtype_for(vocab_size: int) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Little-endian on every machine."""
-    return np.dtype(_DTYPES[name])
-
-
-def read_meta(folder: Path) -> BinsMeta:
-    """meta.json of `folder`, checked key by key. DataError: missing, damaged, or of another version."""
-    path = folder / META_FILE
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise DataError(
-            f"--dataset={folder}: found no {META_FILE}; expected a folder of token bins; {_MAKE_AGAIN}"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"--dataset={folder}: {path} is damaged ({error}); {_MAKE_AGAIN}") from error
-    found = value if isinstance(value, dict) else {}
-    if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"--dataset={folder}: {path} says format {found.get('format')!r}, format_version "
-            f"{found.get('format_version')!r}; expected {FORMAT!r}, format_version {FORMAT_VERSION}; {_MAKE_AGAIN}"
-        )
-    try:
-        meta: BinsMeta = _typed(BinsMeta, found)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"--dataset={folder}: {path} is incomplete or wrong at {error}; {_MAKE_AGAIN}") from error
-    if meta.dtype not in _DTYPES:
-        raise DataError(f"--dataset={folder}: {path} has dtype {meta.dtype!r}; expected one of {', '.join(_DTYPES)}")
-    outside = [file.name for name in SPLITS for file in getattr(meta, name).files if Path(file.name).name != file.name]
-    if outside:
-        raise DataError(f"--dataset={folder}: {path} names {outside[0]!r}; expected a file beside it; {_MAKE_AGAIN}")
-    return meta
-
-
-_JSON_TYPES: dict[str, Any] = {
-    "str": str,
-    "int": int,
-    "str | None": (str, type(None)),
-    "int | None": (int, type(None)),
-}
-_NESTED: dict[str, Any] = {"FileMeta": FileMeta, "FileMeta | None": FileMeta, "SplitMeta": SplitMeta}
-
-
-def _typed(cls: Any, value: Any) -> Any:
-    """Build the dataclass `cls` from `value`; KeyError or TypeError naming the key that is missing or wrong."""
-    if not isinstance(value, dict):
-        raise TypeError(f"found {value!r}, expected an object with the keys of {cls.__name__}")
-    values = {}
-    for field in dataclasses.fields(cls):
-        item, type_name = value[field.name], str(field.type)
-        if type_name in _NESTED and not (item is None and type_name.endswith("None")):
-            item = _typed(_NESTED[type_name], item)
-        elif type_name not in _NESTED and not isinstance(item, _JSON_TYPES[type_name]):
-            raise TypeError(f"{field.name}: found {item!r}, expected {type_name}")
-        values[field.name] = item
-    return cls(**values)
+    return np.dtype(DTYPES[name])
 
 
 class TokenBins:
@@ -165,13 +61,13 @@ class TokenBins:
         expected_bytes = count * dtype.itemsize
         if not path.is_file():
             raise DataError(
-                f"--dataset={self._folder}: {path} is missing; expected {expected_bytes} bytes; {_MAKE_AGAIN}"
+                f"--dataset={self._folder}: {path} is missing; expected {expected_bytes} bytes; {MAKE_AGAIN}"
             )
         found_bytes = path.stat().st_size
         if found_bytes != expected_bytes:
             raise DataError(
                 f"--dataset={self._folder}: {path} has {found_bytes} bytes; expected {expected_bytes} "
-                f"({count} numbers of {dtype.itemsize} bytes); copy it again, or {_MAKE_AGAIN}"
+                f"({count} numbers of {dtype.itemsize} bytes); copy it again, or {MAKE_AGAIN}"
             )
         # As a plain array: each slice of a memmap makes another memmap, which takes longer than the slice.
         return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else None
@@ -217,7 +113,7 @@ class TokenBins:
             raise DataError(
                 f"--dataset={self._folder}: {self._path} holds id {tokens[where]} at token {start + where}; "
                 f"expected ids below {self.vocab_size} (its tokenizer's vocabulary); "
-                f"the file is damaged: copy it again, or {_MAKE_AGAIN}",
+                f"the file is damaged: copy it again, or {MAKE_AGAIN}",
                 shared_by_all_ranks=False,
             )
         return tokens
@@ -235,7 +131,7 @@ class TokenBins:
             where = int(stored.argmax())
             raise DataError(
                 f"--dataset={self._folder}: the file of targets holds {stored[where]} at token {start + where}; "
-                f"expected 0 or 1; the file is damaged: copy it again, or {_MAKE_AGAIN}",
+                f"expected 0 or 1; the file is damaged: copy it again, or {MAKE_AGAIN}",
                 shared_by_all_ranks=False,
             )
         return stored.astype(np.bool_)
@@ -250,10 +146,10 @@ def open_token_bins(folder: Path) -> tuple[TokenBins, TokenBins]:
     train, val = (TokenBins(folder, split, meta) for split in SPLITS)
     if train.tokenizer_path is not None:
         if not train.tokenizer_path.is_file():
-            raise DataError(f"--dataset={folder}: {train.tokenizer_path} is missing; {_MAKE_AGAIN}")
+            raise DataError(f"--dataset={folder}: {train.tokenizer_path} is missing; {MAKE_AGAIN}")
         if file_sha256(train.tokenizer_path) != meta.tokenizer_sha256:
             raise DataError(
-                f"--dataset={folder}: {train.tokenizer_path} is not the tokenizer that made the tokens; {_MAKE_AGAIN}"
+                f"--dataset={folder}: {train.tokenizer_path} is not the tokenizer that made the tokens; {MAKE_AGAIN}"
             )
     return train, val
 

@@ -8,65 +8,24 @@ A process that finds a journal of the same work goes on from there; leftovers of
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, StorageError
 from ...log import logger
-from ...storage import make_directory, read_json, readable_errors, remove_tree, sync_directory, write_json
+from ...storage import exclusive, make_directory, read_json, readable_errors, remove_tree, sync_directory, write_json
 
 JOURNAL_FILE = "journal.json"
 
 
-@contextlib.contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Be the only process that makes `output`, on all machines that share the disk; waits for another that does.
-
-    A lock ends with the process that holds it, however it ends.
-    """
-    path = output.with_name(f".{output.name}.lock")
-    with readable_errors(path, "locking"):
-        descriptor = _lock(path, output)
-    try:
-        yield
-    finally:
-        # Deleted while it is held: who waited for this file finds that it is gone and takes a new one.
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path, output: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _wait_for(descriptor, output)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _wait_for(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        logger.info(f"another process is making {output}; waiting for it")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        # A journal notices a second owner, so this loses work and harms no data.
-        logger.warning(f"{output.parent} is on a file system without locks: let one process at a time make {output}")
+def locked(output: Path) -> AbstractContextManager[None]:
+    """Be the only process that makes `output`; see `storage.exclusive`."""
+    return exclusive(output.with_name(f".{output.name}.lock"), doing=f"making {output}")
 
 
 class Unfinished:

@@ -101,11 +101,10 @@ def encoder_spec(
     )
 
 
-def guess_kind(document: RawDocument, *, messages_field: str, text_field: str) -> str:
+def guess_kind(document: RawDocument, *, messages_field: str) -> str:
     """'chat' when the document holds a list under `messages_field`, else 'text': what --data_kind=auto means.
 
-    A row with text under `text_field` and no such list is text; one with neither is, too, so that the encoder's
-    message says what was found.
+    A row without text is text, too, so that the encoder's message says what was found.
     """
     if isinstance(document.content, str):
         return "text"

@@ -5,12 +5,10 @@ The only place that asks a hub; the bytes of a data set's files are read by `rem
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from urllib.parse import quote
 from ...errors import DataError
 from ...log import logger
 from ...remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
-from ...storage import make_directory, read_json, readable_errors, write_bytes, write_json
+from ...storage import exclusive, make_directory, read_json, write_bytes, write_json
 
 # "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
 HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?(?:@[\w./-]+)?")
@@ -130,6 +128,7 @@ class _Kept:
 
     def __init__(self, kind: str, name: str, cache_dir: Path, *, flag: str) -> None:
         self.doing = f"{flag}={name}: no file or folder here has this name; asking the hub for it"
+        self._name = name
         repository, _, revision = name.partition("@")
         self._url = f"{hub_endpoint()}/api/{kind}/{repository}/revision/{quote(revision or 'main', safe='')}"
         hub = re.sub(r"[^\w.-]", "_", hub_host())
@@ -139,7 +138,9 @@ class _Kept:
     def current(self, make: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """What is known of the name: of the cache where that is right, else what `make` makes of the hub's description
         (`id`, `sha`, `siblings`), which has the key "commit"."""
-        with self._lock():
+        make_directory(self.folder)
+        # One process of a node at a time; the others find what it wrote.
+        with exclusive(self.folder / ".lock", doing=f"asking a hub for {self._name}"):
             found = self._read()
             if found is not None and found.is_fresh:
                 return found.value
@@ -155,18 +156,6 @@ class _Kept:
             value = found.value if found is not None and is_same else make(info)
             write_json(self._file, dataclasses.asdict(_Found(value=value, asked_at=time.time())))
             return value
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One process of a node at a time; the others find what it wrote."""
-        make_directory(self.folder)
-        path = self.folder / ".lock"
-        with readable_errors(path, "locking"):
-            file = open(path, "wb")  # noqa: SIM115 (closed below; the errors of what is done meanwhile are not ours)
-        with file:
-            with readable_errors(path, "locking"):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def _read(self) -> _Found | None:
         """None: nothing, or what a program of another version wrote."""
