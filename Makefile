@@ -6,7 +6,7 @@ DEMO_DIR ?= runs/demo
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu bench-data bench-checkpoint chaos doctor clean
+.PHONY: help install demo test check format test-gpu bench-gpu bench-cpu bench-data bench-checkpoint bench-plan chaos doctor clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench-data: $(INSTALLED) ## prepare and loaders against Hugging Face datasets an
 
 bench-checkpoint: $(INSTALLED) ## stall, bandwidth and restore time of every tier against plain copies, torch's and AWS's writers
 	$(BIN)/python benchmarks/checkpoint.py $(if $(OUTPUT),--output $(OUTPUT))
+
+bench-plan: $(INSTALLED) ## plan runs, run them, and print predicted against measured time and memory; on a GPU 1B and 3B
+	$(BIN)/python benchmarks/plan.py $(if $(OUTPUT),--output $(OUTPUT))
 
 chaos: $(INSTALLED) ## break a training 200 times (FAULTS=n) on two nodes of namespaces (root; some 20 minutes); SEED=n replays
 	$(BIN)/python -m tests.faults.chaos --faults $(or $(FAULTS),200) $(if $(SEED),--seed $(SEED))

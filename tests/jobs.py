@@ -13,6 +13,7 @@ from hypershard.config.flags import parse
 from hypershard.config.schema import Config
 from hypershard.distributed.env import Surroundings
 from hypershard.distributed.process_group import World
+from hypershard.metrics.on_track import Forecast
 from hypershard.train.setup import Job, build_job
 from hypershard.train.state import Progress, advance
 from hypershard.train.step import train_step
@@ -38,6 +39,7 @@ def a_job(world: World, flags: str, cache_dir: Path) -> Iterator[Job]:
             checkpoint_dir=Path(folder),
             surroundings=Surroundings(),
             alarm=print,
+            foresee=lambda model, last_step: Forecast(),
         )
         try:
             yield job

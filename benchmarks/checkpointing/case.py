@@ -19,6 +19,7 @@ from hypershard.cli.train import build_parser, resolve_arguments
 from hypershard.config.schema import CheckpointConfig
 from hypershard.distributed.env import read_ranks, read_surroundings
 from hypershard.distributed.process_group import World, new_host_group, start
+from hypershard.metrics.on_track import Forecast
 from hypershard.train.rehearse import rehearse
 from hypershard.train.setup import Job, build_job
 from hypershard.train.state import Progress
@@ -124,7 +125,12 @@ class Bench:
         namespace = build_parser().parse_args([f"--{name}={value}" for name, value in settings.items()])
         config = resolve_arguments(namespace)[0].config
         job = build_job(
-            config, self.world, checkpoint_dir=folder, surroundings=read_surroundings(self.ranks), alarm=_refuse
+            config,
+            self.world,
+            checkpoint_dir=folder,
+            surroundings=read_surroundings(self.ranks),
+            alarm=_refuse,
+            foresee=lambda model, last_step: Forecast(),
         )
         rehearse(job)
         self.checkpoint_config = config.checkpoint

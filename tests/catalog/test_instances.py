@@ -90,7 +90,7 @@ def test_rows_are_what_ec2_describes(row: Instance, described: dict[str, Any]) -
 @pytest.mark.parametrize("row", instances(), ids=lambda row: row.name)
 def test_rows_agree_with_themselves(row: Instance) -> None:
     # The nominal size is in GPUs' gpus.json; a process gets 1 to 7 % less.
-    assert 0.92 * row.gpu.memory_gib < row.gpu_memory_gib <= row.gpu.memory_gib
+    assert 0.92 * row.gpu.memory_gib < row.gpu_memory_mib / 1024 <= row.gpu.memory_gib
     assert (row.interconnect is not None) == (row.family.startswith("p") and row.num_gpus > 1)
     assert not row.gpudirect_rdma or row.efa_interfaces > 0
     for listed in (row.ec2, row.sagemaker):

@@ -1,14 +1,16 @@
 """`hypershard plan`: a page or JSON, without torch, for what `train` would take."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import hypershard.plan
 from hypershard.cli import launch
-from hypershard.cli.plan import most_hours, run
+from hypershard.cli.plan import plan_of, run
 from hypershard.errors import ConfigError
 from hypershard.models.files import available_models
 
@@ -71,6 +73,15 @@ def test_an_unknown_price_is_unknown(capsys: pytest.CaptureFixture[str]) -> None
         (["--model", "llama3_8b", "--instance", "p9"], "no instance type of this name"),
         (["--model", "llama3_8b", "--instance", "p5", "--train_batchsize", "2"], "did you mean --train_batch_size"),
         (["--model", "llama3_8b", "--instance", "p5", "--node", "2"], "did you mean --nodes"),
+        (["--model", "llama3_8b", "--instance", "p5", "--deadline", "5"], "--deadline acts only with --search"),
+        (["--model", "llama3_8b", "--search"], "--global_batch_tokens"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5,g5.xlarge"], "--global_batch_tokens"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5,ml.p4d"], "--service"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5", "--nodes", "1,0"], "--nodes=0"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5", "--max_hours", "5"], "--max_hours does not go"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5", "--profile", "fast"], "--profile does not go"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5", "--deadline", "5"], "--max_steps"),
+        (["--model", "llama3_8b", "--search", "--instance", "p5", "--picture", "a.jpg"], r"\.png or \.svg"),
         (["--hidden_width", "256", "--dataset", "x.txt", "--instance", "p5"], "--vocab_size is open"),
     ],
 )
@@ -82,7 +93,9 @@ def test_refusals_name_the_flag(words: list[str], expected: str) -> None:
 def test_it_plans_without_torch() -> None:
     code = (
         "import sys; from hypershard.cli.plan import run\n"
-        "run(['--model', 'llama4_scout_17b_16e', '--instance', 'p5', '--max_steps', '10'])\n"
+        "words = ['--model', 'llama4_scout_17b_16e', '--instance', 'p5', '--max_steps', '10']\n"
+        "run(words)\n"
+        "run([*words, '--search'])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'rich', 'boto3'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -118,7 +131,86 @@ def test_a_sagemaker_job_may_take_what_the_plan_says(capsys: pytest.CaptureFixtu
     for flags in ("--max_steps=20000", "--max_steps=40000", "", "--max_steps=20000 --hours=9"):
         assert launch.run(["sagemaker", *words.split(), *flags.split()]) == 0
         limits.append(json.loads(capsys.readouterr().out)["StoppingCondition"]["MaxRuntimeInSeconds"] / 3600)
-    planned = most_hours(["--model=llama3_8b", "--instance=p5", "--nodes=4", "--max_steps=20000"])
+    planned = plan_of(["--model=llama3_8b", "--instance=p5", "--nodes=4", "--max_steps=20000"]).most_hours
     assert planned is not None and 1 <= limits[0] - planned < 2
     assert limits[1] > 1.5 * limits[0]
     assert limits[2:] == [24, 9]
+
+
+SEARCH = (
+    "--search",
+    "--model",
+    "llama3_8b",
+    "--global_batch_tokens",
+    "524288",
+    "--instance",
+    "p4d,p5,p5e",
+    "--nodes=8",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "service"),
+    [
+        (("--max_steps=5000", "--seed=7", "--deadline=1000"), "ec2"),
+        (("--epochs=2", "--dataset_tokens=4e9", "--activation_checkpointing=full", "--service=sagemaker"), "sagemaker"),
+    ],
+)
+def test_a_winners_flags_are_planned_alike_and_launched(
+    words: tuple[str, ...], service: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(answer(capsys, *SEARCH, *words, "--json"))
+    assert found["service"] == service and set(found["winners"]) >= {"fastest", "cheapest"}
+    for one in found["winners"].values():
+        tokens = [word for word in words if word.startswith("--dataset_tokens")]
+        made = json.loads(answer(capsys, *one["flags"], *tokens, "--json"))
+        assert made["memory"]["verdict"] == one["verdict"] and made["job"]["accumulation"] == one["accumulation"]
+        assert made["hours"] == pytest.approx(one["hours"]) and made["job"]["step_tokens"] == 524288
+        assert made["cost"]["dollars"] == (one["dollars"] and pytest.approx(one["dollars"]))
+        assert launch.run(["slurm", *one["flags"], "--dry_run"]) == 0
+        assert f"#SBATCH --nodes={one['num_nodes']}\n" in capsys.readouterr().out
+    if service == "sagemaker":
+        assert all(one["activation_checkpointing"] == "full" for one in found["candidates"])
+
+
+def test_the_searchs_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pictures = [tmp_path / "costs.png", tmp_path / "costs.svg"]
+    for picture in pictures:
+        page = answer(capsys, *SEARCH, "--max_steps", "5000", "--deadline", "0.1", "--picture", str(picture))
+    for expected in (
+        "524,288 tokens in every step; 5,000 steps, 2.621B tokens",
+        "\nfastest ",
+        "\ncheapest ",
+        "unknown",
+    ):
+        assert expected in page
+    assert "nothing of known price is done in 0.1 h; nearest: " in page
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    drawn = pictures[1].read_text()
+    for word in ("p4d", "p5", "cheapest:", "deadline 0.1 h", "unknown prices: p5e"):
+        assert word in drawn
+
+
+def test_a_search_without_a_length_ranks_by_tokens_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--search", "--model", "llama3_8b", "--instance", "p5", "--nodes", "1,2,3", "--train_batch_size", "2")
+    page = answer(capsys, *words)
+    assert "of 10^9 tokens; give --max_steps" in page and "393,216 tokens in every step" in page
+    found = json.loads(answer(capsys, *words, "--json"))
+    assert found["num_steps"] is None and found["winners"]["cheapest"]["dollars"] is None
+    assert {one["num_nodes"] for one in found["candidates"]} == {1, 2, 3}
+    speeds = [one["tokens_per_second"] for one in found["candidates"]]
+    assert found["winners"]["fastest"]["tokens_per_second"] == max(speeds)
+    price = found["winners"]["cheapest"]["dollars_per_billion_tokens"]
+    assert price == min(one["dollars_per_billion_tokens"] for one in found["candidates"] if one["verdict"] == "fits")
+
+
+def test_the_readmes_search_prints_what_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # no calibrations of this machine's
+    section = (Path(hypershard.plan.__file__).parent / "README.md").read_text().partition("\n## Search\n")[2]
+    block = section.partition("```console\n$ hypershard plan ")[2].partition("```")[0].replace("\\\n", "")
+    command, *shown = block.splitlines()
+    printed = answer(capsys, *shlex.split(command)).splitlines()
+    assert len(shown) > 8
+    assert [line for line in shown if line != "…" and line not in printed] == []

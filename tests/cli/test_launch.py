@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from hypershard.cli import launch
+from hypershard.cli.plan import plan_of
 from hypershard.errors import ConfigError
+from hypershard.launch.slurm_files import PLANS
 
 
 def run_without_torch(folder: Path, verb: str, *words: str) -> tuple[int, str]:
@@ -52,6 +55,7 @@ def test_a_dry_run_needs_no_torch_and_passes_flags_of_training_on(tmp_path: Path
         "--dry_run",
         "--train_batch_size",
         "2",
+        "--activation_checkpointing=1",
     ]
     code, shown = run_without_torch(tmp_path, "launch", *words)
     assert code == 0
@@ -74,3 +78,25 @@ def test_unknown_launchers_and_flags_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown --lr 1"):
         launch.run(["verdict", str(tmp_path), "--lr", "1"])
     assert launch.run([]) == 2
+
+
+def test_what_does_not_fit_is_refused_and_what_is_said_makes_it_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["slurm", "--model", "llama3_8b", "--instance", "g5", "--dry_run"]
+    with pytest.raises(ConfigError, match="does not fit: of a GPU's memory .* most of it activations") as refusal:
+        launch.run(words)
+    told = re.search(r"it fits with (--[^,;]*?)[,.;]", str(refusal.value))
+    assert told is not None, refusal.value
+    assert launch.run([*words, *told.group(1).split()]) == 0
+    assert launch.run([*words, "--force"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("#SBATCH --nodes=") == 2 and " --force" in shown
+    for launcher, more in {"sagemaker": ["--role=arn"], "kubernetes": ["--run_dir=/fsx/run"]}.items():
+        with pytest.raises(ConfigError, match="does not fit"):
+            launch.run([launcher, *words[1:], *more])
+
+
+@pytest.mark.parametrize("model", sorted(PLANS))
+def test_the_files_of_slurm_ask_for_nodes_that_suffice(model: str) -> None:
+    asked = PLANS[model]
+    made = plan_of([f"--model={model}", f"--instance={asked.instance}", f"--nodes={asked.num_nodes}", *asked.flags])
+    assert made.memory.verdict == "fits"

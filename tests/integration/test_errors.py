@@ -1,6 +1,7 @@
 """Bad input: one clear error on one rank's log, exit code not 0, no hang, nothing lost."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def test_a_wrong_flag() -> None:
 def test_a_wrong_combination_found_by_every_rank(tmp_path: Path) -> None:
     flags = {"run_dir": tmp_path / "run", "sharding_strategy": "hybrid", "hybrid_shard_degree": 3}
     assert_one_clear_error(*train(nproc_per_node=2, **flags), "--hybrid_shard_degree=3 does not divide the 2 ranks")
+
+
+def test_a_run_that_does_not_fit_is_refused_and_what_it_is_told_helps(tmp_path: Path) -> None:
+    flags = {"run_dir": tmp_path / "run", "nproc_per_node": 2, "max_steps": 2, "checkpoint_freq": 0}
+    code, output = train(**flags, train_batch_size=10**9)
+    assert_one_clear_error(code, output, "does not fit", "of a rank's share of the host's memory", "--force")
+    told = re.search(r"it fits with (--.*?)(,|\.)", output)
+    assert told is not None, output
+    changes = dict(word.removeprefix("--").split("=") for word in told.group(1).split())
+    train_well(**flags | {"train_batch_size": 10**9} | changes)
 
 
 @pytest.mark.parametrize(

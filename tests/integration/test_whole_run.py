@@ -45,6 +45,8 @@ def test_the_run_directory_is_complete(run_dir: Path) -> None:
     assert names == {
         "config.yaml",
         "code.txt",
+        "plan.json",
+        "actual.json",
         "environment.json",
         "metrics.jsonl",
         "events.jsonl",
@@ -59,6 +61,20 @@ def test_the_run_directory_is_complete(run_dir: Path) -> None:
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert names >= {"run-id", "config.yaml", "tokenizer", "step-00000030"}
     assert len(names) == 5, "two checkpoints are kept"
+
+
+def test_the_plan_is_held_against_what_came(run_dir: Path) -> None:
+    planned, actual = (json.loads((run_dir / name).read_text()) for name in ("plan.json", "actual.json"))
+    assert (planned["num_steps"], planned["job"]["num_gpus"], planned["job"]["gpu"]) == (30, 2, "CPU")
+    assert planned["memory"]["verdict"] == "fits"
+    last = read_json_lines(run_dir / "metrics.jsonl")[-2]
+    assert (actual["steps"], actual["tokens"], last["last_step"]) == (30, last["tokens"], 30)
+    assert actual["hours"]["actual"] == last["training/elapsed_hours"] == last["optimization/actual_hours"]
+    # A CPU's closed form is a guess: after 25 steps the measured pace is what the run is held to.
+    early = read_json_lines(run_dir / "metrics.jsonl")[0]
+    assert "optimization/estimated_hours" not in early and early["training/remaining_hours"] > 0
+    assert actual["hours"]["time_accuracy"] == last["optimization/time_accuracy"] > 0
+    assert f"{last['optimization/time_accuracy']:.0%}" in verb("report", run_dir)
 
 
 def test_metrics_have_their_keys_and_the_loss_falls(run_dir: Path) -> None:

@@ -153,9 +153,15 @@ def test_static_bytes_by_hand() -> None:
 def test_shards_count_whole_rows() -> None:
     sizes = sizes_of(small("tiny_llama2").model)
     # A norm's 128 numbers over 100 GPUs: the fullest have 2 rows each, not 1.28.
-    assert sizes.shapes[128, 1] == 5
+    assert sizes.shapes[128,] == 5
     assert sizes.shard(1) == sizes.total
     assert sizes.shard(100) > sizes.total / 100
+
+
+def test_shards_of_experts_fewer_than_the_gpus_are_even() -> None:
+    """Mixtral's 8 experts over 64 GPUs: by whole experts one GPU in eight would hold them all."""
+    sizes = sizes_of(job("mixtral_8x7b", num_nodes=8).model)
+    assert sizes.shard(64) == pytest.approx(sizes.total / 64, rel=1e-3)
 
 
 def test_scout_in_bf16_is_217_gb_with_its_vision_and_its_text_alone_215_5() -> None:

@@ -79,10 +79,6 @@ class Instance:
         return f"ml.{self.name}"
 
     @property
-    def gpu_memory_gib(self) -> float:
-        return self.gpu_memory_mib / 1024
-
-    @property
     def num_cores(self) -> int:
         """Physical cores: every type here runs two threads on each."""
         return self.num_vcpus // 2

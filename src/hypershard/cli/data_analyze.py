@@ -20,8 +20,9 @@ from ..units import format_count
 from .prepare import shown_progress
 
 if TYPE_CHECKING:
-    from ..data.analysis.advice import DataWarning, Fit, Plan, Use
+    from ..data.analysis.advice import Fit, Plan, Use
     from ..data.analysis.analyze import DatasetAnalysis
+    from ..data.analysis.repetition import DataWarning
 
 _DESCRIPTION = """\
 Count the documents (or conversations) of a data set: how long they are, how many occur twice, hold next to nothing or
@@ -309,6 +310,5 @@ def _told(told: Sequence[DataWarning], width: int) -> list[str]:
         return ["nothing to warn of"]
     lines = ["warnings"]
     for one in told:
-        text = f"{one.text} ({one.source})" if one.source else one.text
-        lines += textwrap.wrap(text, max(40, width), initial_indent="  - ", subsequent_indent="    ")
+        lines += textwrap.wrap(str(one), max(40, width), initial_indent="  - ", subsequent_indent="    ")
     return lines

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, HypershardError
 from ..launch.build import build_job
 from ..launch.kubernetes import JOB, KINDS, KubernetesOptions, render
-from ..storage import make_directory, write_bytes
 from .launch_flags import named_values
+from .launch_output import Starter, deliver
+from .launch_plan import planned
 
 _DESCRIPTION = """\
 Train on Kubernetes: an Indexed Job with one pod per node and a headless Service, which need nothing installed in the
@@ -26,6 +24,7 @@ examples:
   hypershard launch kubernetes … --kind HyperPodPyTorchJob --queue hyperpod-ns-team-localqueue --write job.yaml
 """
 _HOURS, _MAX_RESTARTS = 24.0, 3
+_KUBECTL = Starter(words=("kubectl", "apply", "-f"), for_stdin=("-",))
 _TEXTS = {
     "namespace": "namespace; default: kubectl's own",
     "queue": "local queue of Kueue, as HyperPod task governance uses",
@@ -75,29 +74,12 @@ def add_parser(verbs: Any) -> None:
 
 def kubernetes(args: argparse.Namespace) -> int:
     """Print, write or apply. Raises ConfigError for wrong flags, HypershardError with what kubectl said."""
-    text = _text(args)
-    if args.dry_run:
-        print(text, end="")
-    elif args.write is not None:
-        make_directory(args.write.parent)
-        write_bytes(args.write, text.encode())
-        print(f"kubectl apply -f {args.write}")
-    else:
-        print(apply(text))
+    deliver(_text(args), _KUBECTL, dry_run=args.dry_run, write=args.write)
     return 0
 
 
-def apply(text: str) -> str:
-    """Hand manifests to kubectl; what it says. Raises ConfigError without one, HypershardError when it refuses."""
-    if shutil.which("kubectl") is None:
-        raise ConfigError("found no kubectl on this machine; --dry_run prints the manifests, --write FILE keeps them")
-    done = subprocess.run(["kubectl", "apply", "-f", "-"], input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HypershardError(f"kubectl refused the job: {done.stderr.strip()}")
-    return done.stdout.strip()
-
-
 def _text(args: argparse.Namespace) -> str:
+    planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
     job = build_job(
         train_flags=args.train_flags,
         model_name=args.model,

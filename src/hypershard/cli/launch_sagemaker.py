@@ -19,9 +19,11 @@ from ..launch.build import build_job
 from ..launch.job import Job
 from ..launch.sagemaker import RUN_DIR, SYNCED_RUN_DIR, Options, Submission, create_training_job_request
 from ..log import logger, setup_logging
-from ..storage import make_directory, write_bytes
+from ..plan.estimate import Plan
 from ..units import format_seconds
 from .launch_flags import named_values
+from .launch_output import write_file
+from .launch_plan import planned
 
 if TYPE_CHECKING:
     from ..launch.sagemaker_jobs import Clients
@@ -151,13 +153,14 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
+    made = planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
     job = build_job(
         train_flags=args.train_flags,
         model_name=args.model,
         instance=args.instance,
         num_nodes=args.nodes,
         run_dir=args.run_dir or (SYNCED_RUN_DIR if args.sync_run_dir else RUN_DIR),
-        hours=_hours(args) if args.hours is None else args.hours,
+        hours=_hours(made) if args.hours is None else args.hours,
         image=args.image,
         max_restarts=args.max_restarts,
         name=args.name,
@@ -169,23 +172,15 @@ def _job(args: argparse.Namespace) -> Job:
     return dataclasses.replace(job, name=job.name[-(_MOST_NAME - len(stamp)) :].strip("-") + stamp)
 
 
-def _hours(args: argparse.Namespace) -> float:
+def _hours(made: Plan | None) -> float:
     """The time limit where none is given: what the plan says at most and an hour for start and saves, or a day."""
-    from .plan import most_hours
-
-    model = [f"--model={args.model}"] if args.model else []
-    try:
-        planned = most_hours([*model, f"--instance={args.instance}", f"--nodes={args.nodes}", *args.train_flags])
-    except ConfigError as error:
-        logger.info(f"time limit {_HOURS:g} h, because no plan could be made ({error}); --hours sets it")
+    if made is None or made.most_hours is None:
+        why = "no plan could be made" if made is None else "no --max_steps says how long the training is"
+        logger.info(f"time limit {_HOURS:g} h, because {why}; --hours sets it")
         return _HOURS
-    if planned is None:
-        logger.info(f"time limit {_HOURS:g} h, because no --max_steps says how long the training is; --hours sets it")
-        return _HOURS
-    hours = min(_MOST_HOURS, math.ceil(planned + 1))
-    logger.info(
-        f"time limit {hours:g} h: planned at most {planned:.1f} h, and one for start and saves; --hours sets it"
-    )
+    most = made.most_hours
+    hours = min(_MOST_HOURS, math.ceil(most + 1))
+    logger.info(f"time limit {hours:g} h: planned at most {most:.1f} h, and one for start and saves; --hours sets it")
     return hours
 
 
@@ -225,8 +220,7 @@ def _emit(submission: Submission, path: Path) -> int:
             "--emit modeltrainer: these flags need a run file in S3, which the script cannot write; put them into a "
             "file there and give --config=s3://…"
         )
-    make_directory(path.absolute().parent)
-    write_bytes(path, model_trainer_script(submission).encode())
+    write_file(path, model_trainer_script(submission))
     logger.info(f"wrote {path}; it needs the SageMaker SDK, with which it was not run here")
     return 0
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, HypershardError
 from ..launch.build import build_job
 from ..launch.slurm import CPU_NODES, SlurmOptions, render
 from ..launch.slurm_files import RUN_DIR, plan_for, write_all
 from ..models.files import available_models
-from ..storage import make_directory, write_bytes
 from .launch_flags import named_values
+from .launch_output import Starter, deliver
+from .launch_plan import planned
 
 _DESCRIPTION = """\
 Train on a Slurm cluster, HyperPod's included. The job's file is submitted, printed (--dry_run) or written (--write).
@@ -27,6 +25,7 @@ examples:
   hypershard launch slurm --model llama3_8b --image=/fsx/images/hypershard.sqsh --mounts=/fsx:/fsx --write my_8b.sbatch
   hypershard launch slurm --write slurm/
 """
+_SBATCH = Starter(words=("sbatch",))
 _DIRECTIVES = ("partition", "account", "qos", "constraint", "reservation")
 
 
@@ -77,36 +76,21 @@ def slurm(args: argparse.Namespace) -> int:
         for path in write_all(args.write, available_models()):
             print(path)
         return 0
-    text = _text(args)
-    if args.dry_run:
-        print(text, end="")
-    elif args.write is not None:
-        make_directory(args.write.parent)
-        write_bytes(args.write, text.encode())
-        print(f"sbatch {args.write}")
-    else:
-        print(submit(text))
+    deliver(_text(args), _SBATCH, dry_run=args.dry_run, write=args.write)
     return 0
-
-
-def submit(text: str) -> str:
-    """Hand a job's file to sbatch; what it says, which has the job's number. Raises HypershardError."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("found no sbatch on this machine; --dry_run prints the file, --write FILE keeps it")
-    done = subprocess.run(["sbatch"], input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise HypershardError(f"sbatch refused the job: {done.stderr.strip()}")
-    return done.stdout.strip()
 
 
 def _text(args: argparse.Namespace) -> str:
     plan = plan_for(args.model)
     instance = args.instance or plan.instance
+    instance = None if instance == CPU_NODES else instance
+    num_nodes = plan.num_nodes if args.nodes is None else args.nodes
+    planned(args.model, instance, num_nodes=num_nodes, train_flags=args.train_flags)
     job = build_job(
         train_flags=args.train_flags,
         model_name=args.model,
-        instance=None if instance in (None, CPU_NODES) else instance,
-        num_nodes=plan.num_nodes if args.nodes is None else args.nodes,
+        instance=instance,
+        num_nodes=num_nodes,
         run_dir=args.run_dir,
         hours=plan.hours if args.hours is None else args.hours,
         image=args.image,

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..catalog.instances import SERVICES, instance, price
+from ..catalog.instances import SERVICES
 from ..config.flags import HelpFormatter, add_settings, parse
-from ..config.schema import Config, ModelConfig
-from ..data.embedded import VOCAB_SIZE
-from ..errors import ConfigError
 from ..log import setup_logging
 from ..models.files import available_models
 from ..plan import bytes as memory
+from ..plan.data_view import DataFacts, DataView, whole_tokens
 from ..plan.estimate import LEVEL, Memory, Plan, as_dict, plan
-from ..plan.job import Job
 from ..plan.scaling import predicted_loss
+from ..plan.traced import CannotTrace, Traced
 from ..units import format_bytes, format_count, format_seconds
-from . import plan_check
-from .train import resolve_arguments
+from . import plan_calibrate, plan_check, plan_data, plan_search, plan_traced, plan_window
+from .plan_asked import Asked, asked
 
 _DESCRIPTION = """\
 Plan a training: memory with a verdict, time, dollars. Flags that are not listed first are flags of `hypershard train`,
@@ -30,10 +27,28 @@ and mean what they mean there. Everything is worked out in closed form, in an in
 _EPILOG = """examples:
   hypershard plan --model llama3_8b --instance ml.p5.48xlarge --nodes 4 --max_steps 10000
   hypershard plan --model llama3_8b --instance g5.12xlarge --activation_checkpointing full
+  hypershard plan --model llama3_8b --search --global_batch_tokens 4194304 --max_steps 10000 --deadline 24
+  hypershard plan --model llama3_8b --instance p5 --max_hours 12 --num_samples 2198 --tokens_per_sample 900
   hypershard plan --check num_parameters=1.29e9 num_tokens=6e9 loss_nats=2.37
   hypershard plan --model mixtral_8x7b --instance p5en --nodes 2 --epochs 2 --dataset_tokens 6e9 --json
 """
-_OWN = ("instance", "nodes", "service", "prices_file", "dataset_tokens", "hours_at", "json", "check")
+_OWN = (
+    "instance",
+    "nodes",
+    "service",
+    "prices_file",
+    "hours_at",
+    "json",
+    "check",
+    "calibrate",
+    "calibrations",
+    "search",
+    "deadline",
+    "picture",
+    "traced",
+    *plan_data.OWN,
+    *plan_window.OWN,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,17 +60,28 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--instance", metavar="TYPE", help="p5.48xlarge, ml.p5.48xlarge, or a family's word, p5")
-    parser.add_argument("--nodes", metavar="N", default="1", help="instances (default: 1)")
+    parser.add_argument(
+        "--instance",
+        metavar="TYPE",
+        help="p5.48xlarge, ml.p5.48xlarge, or a family's word, p5; with --search several (p5,p4d), default: all",
+    )
+    parser.add_argument("--nodes", metavar="N", help="instances (default: 1); with --search: " + plan_search.NODES_HELP)
     parser.add_argument(
         "--service", choices=SERVICES, help="whose price; default: sagemaker for a type that begins with ml., else ec2"
     )
     parser.add_argument("--prices_file", metavar="FILE", type=Path, help="your own prices (spot, capacity blocks)")
-    parser.add_argument("--dataset_tokens", metavar="N", help="tokens of one pass over the data, for --epochs")
+    plan_data.add_flags(parser)
+    plan_window.add_flags(parser)
     parser.add_argument(
         "--hours_at", metavar="SPEED", help="a measured speed, in tokens per second and GPU, to work the hours out from"
     )
+    parser.add_argument("--calibrate", metavar="RUN", help=plan_calibrate.HELP)
+    parser.add_argument("--calibrations", metavar="DIR", help=plan_calibrate.FOLDER_HELP)
     parser.add_argument("--check", nargs="+", metavar="NAME=VALUE", help=plan_check.HELP)
+    parser.add_argument("--search", action="store_true", help=plan_search.HELP)
+    parser.add_argument("--deadline", metavar="HOURS", help="--search: what is cheapest within so many hours")
+    parser.add_argument("--picture", metavar="FILE", help="--search: draw hours against dollars as .png or .svg")
+    parser.add_argument("--traced", action="store_true", help=plan_traced.HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
     parser.add_argument(
         "--model", metavar="NAME", help=f"model file: a path, or one of {', '.join(available_models())}"
@@ -69,89 +95,59 @@ def run(argv: Sequence[str]) -> int:
     """Print the plan; 0 whether or not it fits. Raises ConfigError for what `train` would refuse too."""
     namespace = parse(build_parser(), argv, also_known=(*_OWN, "model", "config"))
     setup_logging(rank=0)
+    if namespace.traced:
+        plan_traced.refuse_elsewhere(namespace)
     if namespace.check is not None:
         return plan_check.run(namespace.check)
-    made, name, service = _made(namespace)
+    if namespace.search:
+        return plan_search.run(namespace)
+    plan_search.refuse_alone(namespace)
+    if namespace.calibrate is not None:
+        return plan_calibrate.run(namespace)
+    question = asked(plan_window.with_training_config(namespace))
+    if plan_window.is_wanted(namespace, question):
+        if namespace.traced:
+            raise plan_traced.no_use_with("a time window's flags")
+        return plan_window.run(namespace, question)
+    made = _plan(question)
+    view = plan_data.view_of(question.facts, made.job, num_steps=made.num_steps)
+    traced = plan_traced.trace(made.job) if namespace.traced else None
     if namespace.json:
-        print(json.dumps(as_dict(made), indent=1))
+        values = {**as_dict(made), "dataset": view and view.as_dict()}
+        if traced is not None:
+            values["memory"]["traced"] = plan_traced.as_dict(traced)
+        print(json.dumps(values, indent=1))
     else:
-        print("\n".join(_page(made, name=name, service=service)))
+        print("\n".join(_page(made, question, view, traced)))
     return 0
 
 
-def most_hours(words: Sequence[str]) -> float | None:
-    """Hours that a job with these flags takes, its band added; None where nothing says how many steps it has.
-
-    Raises ConfigError for flags that no plan can be made of.
-    """
-    made, _, _ = _made(parse(build_parser(), words, also_known=(*_OWN, "model", "config")))
-    return None if made.hours is None or made.step is None else made.hours * (1 + made.step.band)
+def plan_of(words: Sequence[str]) -> Plan:
+    """The plan of a job with these flags, without dollars. Raises ConfigError for flags that none can be made of."""
+    return _plan(asked(parse(build_parser(), words, also_known=(*_OWN, "model", "config")), wants_price=False))
 
 
-def _made(namespace: argparse.Namespace) -> tuple[Plan, str, str]:
-    """The plan, the model's name, and whose price it is."""
-    if namespace.instance is None:
-        raise ConfigError("--instance is missing: say on what, for example --instance=p5.48xlarge")
-    machine = instance(namespace.instance)
-    service = namespace.service or ("sagemaker" if namespace.instance.startswith("ml.") else "ec2")
-    tokens = None if namespace.dataset_tokens is None else int(_number("dataset_tokens", namespace.dataset_tokens))
-    speed = None if namespace.hours_at is None else _number("hours_at", namespace.hours_at)
-    num_nodes = _number("nodes", namespace.nodes)
-    if num_nodes != int(num_nodes):
-        raise ConfigError(f"--nodes={namespace.nodes}: expected a whole number of at least 1")
-    config, name = _resolve(namespace)
-    job = Job(
-        model=_with_vocabulary(config),
-        data=config.data,
-        parallel=config.parallel,
-        checkpoint=config.checkpoint,
-        train=config.train,
-        instance=machine,
-        num_nodes=int(num_nodes),
+def _plan(question: Asked) -> Plan:
+    facts, context_tokens = question.facts, question.job.model.max_context_width
+    return plan(
+        question.job,
+        price=question.price,
+        dataset_tokens=None if facts is None else whole_tokens(facts, context_tokens=context_tokens),
+        tokens_per_second_per_gpu=question.tokens_per_second_per_gpu,
+        calibrations=question.calibrations,
     )
-    made = plan(
-        job,
-        price=price(machine, service, prices_file=namespace.prices_file),
-        dataset_tokens=tokens,
-        tokens_per_second_per_gpu=speed,
-    )
-    return made, name, service
-
-
-def _number(flag: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1 <= value < float("inf"):
-        raise ConfigError(f"--{flag}={text}: expected a number of at least 1")
-    return value
-
-
-def _resolve(namespace: argparse.Namespace) -> tuple[Config, str]:
-    flags = {name: value for name, value in vars(namespace).items() if name not in _OWN}
-    resolved, name = resolve_arguments(argparse.Namespace(**flags))
-    return resolved.config, name
-
-
-def _with_vocabulary(config: Config) -> ModelConfig:
-    """The model with its vocabulary, which the embedded tokenizer decides where nothing else is said."""
-    model = config.model
-    if model.vocab_size is not None:
-        return model
-    if config.data.dataset != "embedded" or config.data.tokenizer is not None:
-        raise ConfigError("--vocab_size is open and planning reads no tokenizer: give --vocab_size, its number of ids")
-    return dataclasses.replace(model, vocab_size=VOCAB_SIZE)
 
 
 # --- the page
 
 
-def _page(made: Plan, *, name: str, service: str) -> Iterator[str]:
+def _page(
+    made: Plan, question: Asked, view: DataView | None, traced: Traced | CannotTrace | None
+) -> Iterator[str]:
     job, sizes = made.job, made.sizes
     machine = job.instance
     active = "" if sizes.active == sizes.total else f", of which a token uses {sizes.active:,}"
-    yield f"model    {name} ({job.model.model_type}): {sizes.total:,} parameters{active}"
+    yield f"model    {question.name} ({job.model.model_type}): {sizes.total:,} parameters{active}"
     yield (
         f"job      {job.num_nodes} x {machine.name} ({machine.num_gpus} x {machine.gpu.name}), "
         f"{job.parallel.sharding_strategy} sharding over {job.shard_degree}, {job.attention_path} attention"
@@ -160,14 +156,15 @@ def _page(made: Plan, *, name: str, service: str) -> Iterator[str]:
         f"         a step is {job.accumulation} x {job.data.train_batch_size} x {job.model.max_context_width:,} tokens "
         f"on each of {job.num_gpus} GPUs: {job.step_tokens:,} tokens"
     )
+    yield from plan_data.data_lines(view, dataset=question.dataset)
     yield ""
-    yield from _memory_lines(made.memory, made)
+    yield from _memory_lines(made.memory, made, traced)
     yield ""
-    yield from _time_lines(made)
+    yield from _time_lines(made, None if view is None else view.facts)
     yield ""
     cost = made.cost
     level = f"{_level(made)}; " if cost.dollars is not None else ""
-    yield f"cost     {cost.formula or 'unknown'}   [{level}{service}: {cost.price or 'price unknown'}]"
+    yield f"cost     {cost.formula or 'unknown'}   [{level}{question.service}: {cost.price or 'price unknown'}]"
     kept = job.checkpoint.keep_s3_checkpoints if job.checkpoint.s3_tier_base_path is not None else 0
     storage = f"{kept} kept in S3 are ${cost.storage_dollars_per_month:,.2f} a month" if kept else "none is kept in S3"
     yield f"         a checkpoint is {format_bytes(cost.checkpoint_bytes)}; {storage}"
@@ -176,7 +173,7 @@ def _page(made: Plan, *, name: str, service: str) -> Iterator[str]:
         yield f"{'unknown' if index == 0 else '':<8} {text}"
 
 
-def _memory_lines(found: Memory, made: Plan) -> Iterator[str]:
+def _memory_lines(found: Memory, made: Plan, traced: Traced | CannotTrace | None) -> Iterator[str]:
     yield f"memory   of one GPU   [{LEVEL}, +-{memory.BAND:.0%}]"
     shown = ("start", "end of forward", "backward", "end of backward", "first save", "resume")
     moments = {moment.name: moment for moment in found.moments}
@@ -191,12 +188,11 @@ def _memory_lines(found: Memory, made: Plan) -> Iterator[str]:
     parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in found.host_terms if term.num_bytes)
     yield f"  a node's host memory: {_fit(found.host)}"
     yield f"    {parts}"
-    yield f"verdict  {found.verdict}"
-    if made.remedy is not None:
-        flags = " ".join(str(change) for change in made.remedy.changes)
-        yield f"         it fits with {flags}" if flags else "         no change of flags makes it fit"
-        if made.remedy.num_nodes is not None:
-            yield f"         it fits with --nodes={made.remedy.num_nodes} as it is"
+    yield from plan_traced.lines(found, traced)
+    verdict = plan_traced.verdict(found, traced)
+    yield f"verdict  {verdict}"
+    if made.remedy is not None and verdict == "does not fit":
+        yield f"         {made.remedy}"
 
 
 def _fit(fit: memory.Fit) -> str:
@@ -205,16 +201,16 @@ def _fit(fit: memory.Fit) -> str:
 
 def _level(made: Plan) -> str:
     """How far the hours, and the dollars with them, can be trusted."""
-    if made.hours_level != LEVEL or made.step is None:
+    if made.step is None or made.hours_level != made.step.level:
         return made.hours_level
-    return f"{LEVEL}, +-{made.step.band:.0%}"
+    return f"{made.step.level}, +-{made.step.band:.0%}"
 
 
-def _time_lines(made: Plan) -> Iterator[str]:
+def _time_lines(made: Plan, facts: DataFacts | None) -> Iterator[str]:
     step = made.step
     if step is not None:
         if_it = "" if made.memory.verdict != "does not fit" else ", if it fitted"
-        yield f"time     {step.seconds:.3g} s a step{if_it}   [{LEVEL}, +-{step.band:.0%}]"
+        yield f"time     {step.seconds:.3g} s a step{if_it}   [{step.level}, +-{step.band:.0%}]"
         yield (
             f"         {format_count(step.tokens_per_second_per_gpu)} tokens/s per GPU, "
             f"{format_count(step.tokens_per_second_per_gpu * step.num_gpus)} in all, MFU {step.mfu:.1%}"
@@ -227,7 +223,14 @@ def _time_lines(made: Plan) -> Iterator[str]:
         tokens = format_count(made.num_steps * made.job.step_tokens)
         duration = format_seconds(made.hours * 3600)
         steps = f"{made.num_steps:,} steps, {tokens} tokens"
-        if made.job.train.init_from == "scratch" and made.sizes.active == made.sizes.total:
-            law = predicted_loss(made.sizes.total, made.num_steps * made.job.step_tokens)
+        is_new = made.job.train.init_from == "scratch" and not (facts and facts.is_fine_tuning)
+        if is_new and made.sizes.active == made.sizes.total:
+            unique_tokens = None if facts is None else facts.num_tokens
+            law = predicted_loss(
+                made.sizes.total, made.num_steps * made.job.step_tokens, num_unique_tokens=unique_tokens
+            )
             yield f"loss     {law} at the end, on web text by a law of dense models"
         yield f"hours    {made.hours:,.3g} ({duration}) for {steps}   [{_level(made)}]"
+    if made.window is not None:
+        yield f"window   {made.window}"
+        yield from (f"         assumed: {text}" for text in made.window.overheads.assumptions)

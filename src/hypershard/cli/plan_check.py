@@ -44,7 +44,7 @@ def _claims(values: dict[str, str]) -> Claims:
             f"--check {min(unknown)}: expected published, a size of the model, or one of {', '.join(_FIELDS)}"
         )
     told = {name: coerce(name, value, where=f"--check {name}") for name, value in values.items() if name in _SHAPE}
-    model = dataclasses.replace(published or ModelConfig(), **told) if told else None
+    model = dataclasses.replace(published or ModelConfig(), **told) if told else published
     others = {name: _value(name, value) for name, value in values.items() if name in _FIELDS}
     return Claims(model=model, published=published, **others)  # type: ignore[arg-type]
 

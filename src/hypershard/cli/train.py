@@ -161,6 +161,7 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         write_description,
     )
     from ..train.setup import build_job, device_name
+    from .train_plan import Actual, foresee_in
 
     set_cpu_threads(ranks)
     if config.parallel.deterministic:
@@ -176,11 +177,11 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
         write_description(run_dir, config, ranks, device_name=device_name(world.device))
         logger.info(f"run directory {run_dir}")
     try:
+        around, foresee = read_surroundings(ranks), foresee_in(run_dir, config, world)
         job = build_job(
-            config, world, checkpoint_dir=checkpoint_dir, surroundings=read_surroundings(ranks), alarm=_alarm(event)
+            config, world, checkpoint_dir=checkpoint_dir, surroundings=around, alarm=_alarm(event), foresee=foresee
         )
-        files = belongings(config, job.tokenizer_path)
-        job.checkpoints.belongings = files
+        job.checkpoints.belongings = files = belongings(config, job.tokenizer_path)
         if ranks.is_main and not is_only_read(run_dir, config):
             keep(run_dir, files)
         outcome = train(
@@ -192,7 +193,7 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
                 save_minutes=config.checkpoint.checkpoint_minutes,
             ),
             eval_only=config.train.eval_only,
-            open_sinks=sinks_opener(run_dir, config, is_main=ranks.is_main, last_step=job.limits.last_step),
+            open_sinks=sinks_opener(run_dir, config, is_main=ranks.is_main, more=[Actual(run_dir)]),
             event=event,
         )
     except Exception as error:  # whatever it is, the run's record names it
@@ -200,9 +201,8 @@ def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
             event("failed", error=f"{type(error).__name__}: {error}")
         raise
     job.data.loader.close()
-    if ranks.is_main:
-        loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
-        logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
+    loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
+    logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
     leave()
     return 0
 

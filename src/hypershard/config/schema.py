@@ -243,6 +243,7 @@ class TrainConfig:
     validation_batches: int = setting(10, "batches per GPU in one validation", minimum=1)
     init_from: str = setting("scratch", "'scratch', 'resume' (a checkpoint must exist), or a Hugging Face model folder")
     eval_only: bool = setting(False, "validate once and stop")
+    force: bool = setting(False, "start although the plan says that it does not fit into memory")
     peak_tflops_per_gpu: float | None = setting(
         None, "dense bf16 peak used for MFU; default: this GPU's from the catalog", minimum=0.0, unit="TFLOP/s"
     )

@@ -24,17 +24,18 @@ class Source:
     said_by: str
 
 
-def instance_type(machine: Machine) -> Source:
+def instance_type(machine: Machine, *, ask_network: bool = True) -> Source:
     """The type of this machine, from the first that knows: SageMaker's and HyperPod's files, the firmware, the service.
 
-    The service is last: it alone needs the network, and waits a second where there is none.
+    The service is last: it alone needs the network (`ask_network`), and waits a second where there is none.
     """
-    ways: tuple[tuple[str, Callable[[Machine], str]], ...] = (
+    ways: list[tuple[str, Callable[[Machine], str]]] = [
         ("SageMaker's resourceconfig.json", _from_sagemaker),
         ("HyperPod's resource_config.json", _from_hyperpod),
         ("the firmware", _from_firmware),
-        ("the instance metadata service", _from_metadata),
-    )
+    ]
+    if ask_network:
+        ways.append(("the instance metadata service", _from_metadata))
     for said_by, read in ways:
         name = read(machine).strip().removeprefix("ml.")
         if name:

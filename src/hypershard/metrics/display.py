@@ -21,11 +21,12 @@ class Display:
         self._printed_at = 0.0
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
+        self._last_step = record.get("last_step", self._last_step)  # a run in a window may end sooner than it began
         line = describe(step, self._last_step, record)
         if "validation_loss" in record:
             self._print(line)
         elif self._live is not None:
-            self._live.update(step, line)
+            self._live.update(step, self._last_step, line)
         elif step == self._last_step or time.monotonic() - self._printed_at >= 1.0:
             self._print(line)
             self._printed_at = time.monotonic()
@@ -51,8 +52,8 @@ class _LiveLine:
         self._progress.start()
         self._task = self._progress.add_task("starting", total=last_step, completed=first_step)
 
-    def update(self, step: int, line: str) -> None:
-        self._progress.update(self._task, completed=step, description=line)
+    def update(self, step: int, last_step: int, line: str) -> None:
+        self._progress.update(self._task, completed=step, total=last_step, description=line)
 
     def print(self, line: str) -> None:
         self._progress.console.print(line, highlight=False)
@@ -75,5 +76,22 @@ def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
     parts += [
         format_bytes(record["memory_bytes"]),
         f"eta {format_seconds((last_step - step) * record['step_seconds'])}",
+        *_plan_parts(record),
     ]
     return "  ".join(parts)
+
+
+def _plan_parts(record: Mapping[str, Any]) -> list[str]:
+    """`elapsed 1m10s  1.2k steps/h  on track 98%  $3.10 + $8.20 to come`: planned over expected time, and dollars."""
+    parts = []
+    if (elapsed := record.get("training/elapsed_hours")) is not None:
+        parts.append(f"elapsed {format_seconds(elapsed * 3600)}")
+    if (pace := record.get("training/steps_per_hour")) is not None:
+        parts.append(f"{format_count(pace)} steps/h")
+    if (accuracy := record.get("optimization/time_accuracy")) is not None:
+        off = "slower than planned" if accuracy < 1 else "faster than planned"
+        parts.append(f"{'on track' if record['training/on_track'] else off} {accuracy:.0%}")
+    if (spent := record.get("training/dollars_spent")) is not None:
+        to_come = record.get("training/dollars_to_come")
+        parts.append(f"${spent:,.2f}" if to_come is None else f"${spent:,.2f} + ${to_come:,.2f} to come")
+    return parts

@@ -18,6 +18,7 @@ GIB = 2**30
 # torchtitan Llama-3.1-8B on 8 and 128 GPUs, and the replayed trace of Llama-3.2-1B.
 FRAGMENTATION = 1.11
 OUTSIDE_BYTES = int(1.5 * GIB)  # CUDA context, libraries and NCCL's buffers, 1 to 2 GiB; an assumption
+_OUTSIDE_CPU_BYTES = int(0.45 * GIB)  # Python with torch and transformers loaded, beside the tensors of a rank on a CPU
 USABLE_SHARE = 0.985  # of what EC2 reports, that a process gets: A10G 22.0 of 22.4, A100 39.4 of 40, H100 79.6 of 80
 TIGHT_FROM = 0.92  # of the usable memory
 BAND = 0.12  # of this closed form, either way
@@ -84,6 +85,12 @@ class Fit:
         if self.needed_bytes <= TIGHT_FROM * self.usable_bytes:
             return "fits"
         return "tight" if self.least_bytes <= self.usable_bytes else "does not fit"
+
+
+def worst_verdict(*fits: Fit) -> str:
+    """The verdict of memories that must all suffice."""
+    order = ("fits", "tight", "does not fit")
+    return max((fit.verdict for fit in fits), key=order.index)
 
 
 @dataclass(frozen=True)
@@ -291,10 +298,11 @@ def reserved_bytes(moments: tuple[Moment, ...]) -> float:
 def gpu_fit(job: Job, moments: tuple[Moment, ...]) -> Fit:
     """Whether the fullest GPU holds all of it."""
     least = max(sum(moment.reserved_in(pool) for pool in _POOLS) for moment in moments)
+    outside = OUTSIDE_BYTES if job.has_gpus else _OUTSIDE_CPU_BYTES
     return Fit(
-        of="a GPU's memory",
-        needed_bytes=reserved_bytes(moments) + OUTSIDE_BYTES,
-        least_bytes=least + OUTSIDE_BYTES,
+        of="a GPU's memory" if job.has_gpus else "a rank's share of the host's memory",
+        needed_bytes=reserved_bytes(moments) + outside,
+        least_bytes=least + outside,
         usable_bytes=job.instance.gpu_memory_mib * 2**20 * USABLE_SHARE,
     )
 
@@ -329,7 +337,7 @@ def host_terms(job: Job) -> tuple[Term, ...]:
     offloaded = (_STATE_BYTES + _REDUCE_BYTES) * shard if job.parallel.cpu_offload else 0
     activations = saved_by_token(job).on_host * job.micro_tokens * job.model.num_layers
     return (
-        Term("processes", ranks * _PROCESS_BYTES, "ram"),
+        Term("processes", ranks * _PROCESS_BYTES * job.has_gpus, "ram"),  # on a CPU they are the ranks' own memory
         Term("data workers", ranks * _num_workers(job) * _WORKER_BYTES, "ram"),
         Term("weights, gradients, optimizer", ranks * offloaded, "ram"),
         Term("offloaded activations", ranks * activations, "ram"),

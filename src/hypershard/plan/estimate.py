@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..catalog.instances import Price
-from ..config.checks import check_world
+from ..config.checks import check_attention, check_world
 from ..errors import ConfigError
-from ..models.family import family_of
+from ..units import format_bytes
 from . import bytes as memory
+from .calibration import Calibration, calibrated, installed_software
 from .dollars import Cost, cost
-from .job import Job, Sizes, sizes_of
-from .steps import StepTime, step_time
+from .job import Job, Sizes, flops_of, sizes_of
+from .overheads import HoursWindow, hours_window
+from .steps import LEVEL, StepTime, step_time
 
-LEVEL = "closed form"
 _MOST_NODES = 64
 _MOST_CHANGES = 5
 
@@ -41,6 +42,14 @@ class Remedy:
     changes: tuple[Change, ...]
     num_nodes: int | None
 
+    def __str__(self) -> str:
+        ways = []
+        if self.changes:
+            ways.append("with " + " ".join(str(change) for change in self.changes))
+        if self.num_nodes is not None:
+            ways.append(f"on {self.num_nodes} nodes as it is")
+        return f"it fits {', or '.join(ways)}" if ways else "no change of flags makes it fit"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -53,8 +62,7 @@ class Memory:
 
     @property
     def verdict(self) -> str:
-        order = ("fits", "tight", "does not fit")
-        return max(self.gpu.verdict, self.host.verdict, key=order.index)
+        return memory.worst_verdict(self.gpu, self.host)
 
     @property
     def dominant(self) -> memory.Term:
@@ -66,7 +74,8 @@ class Memory:
 class Plan:
     """Everything the closed form says of a job. `step`, `hours` are None where they are unknown: see `unknown`.
 
-    `hours_level` says whether the hours follow from the closed form's speed or from a measured one.
+    `hours_level` says whether the hours follow from the closed form's speed, a calibrated or a measured one. `window`:
+    what of the training fits into --max_hours; None without it, or where the time is unknown.
     """
 
     job: Job
@@ -76,51 +85,87 @@ class Plan:
     remedy: Remedy | None
     step: StepTime | None
     num_steps: int | None
+    window: HoursWindow | None
     hours: float | None
     hours_level: str
     cost: Cost
     unknown: tuple[str, ...]
 
+    @property
+    def most_hours(self) -> float | None:
+        """`hours` with the band added; a run in a window has ended, saved, when that is over."""
+        if self.hours is None or self.step is None:
+            return None
+        most = self.hours * (1 + self.step.band)
+        return most if self.window is None else min(most, self.window.max_hours)
 
-def plan(job: Job, *, price: Price | None, dataset_tokens: int | None, tokens_per_second_per_gpu: float | None) -> Plan:
+
+def plan(
+    job: Job,
+    *,
+    price: Price | None,
+    dataset_tokens: int | None,
+    tokens_per_second_per_gpu: float | None,
+    calibrations: Sequence[Calibration] = (),
+) -> Plan:
     """The plan of `job` at `price` per node and hour.
 
-    `dataset_tokens`: of one pass over the data, for --epochs. `tokens_per_second_per_gpu`: a measured speed that goes
-    before the estimated one. Raises ConfigError for settings that do not go with this number of GPUs.
+    `dataset_tokens`: of one pass over the data, for --epochs. `calibrations`: what runs measured; the nearest scales
+    the time. `tokens_per_second_per_gpu`: a measured speed that goes before the estimated one, for the hours. With
+    --max_hours no more steps than fit, and as many where nothing else says how many. Raises ConfigError for settings
+    that do not go with these GPUs or their number.
     """
-    check_world(job.parallel, world_size=job.num_gpus, local_world_size=job.instance.num_gpus)
+    check_job(job)
     unknown = []
     needed = memory_of(job)
     try:
-        step = step_time(job)
+        step = calibrated(step_time(job), job, calibrations, software=installed_software())
     except ConfigError as error:
         step, unknown = None, [f"time: {error}"]
-    num_steps = _num_steps(job, dataset_tokens)
-    if num_steps is None:
-        unknown.append("hours and dollars: give --max_steps, or --dataset_tokens for --epochs")
     speed = tokens_per_second_per_gpu or (step.tokens_per_second_per_gpu if step else None)
-    hours = None
-    if num_steps is not None and speed is not None:
-        hours = num_steps * job.step_tokens / job.num_gpus / speed / 3600
+    step_seconds = None if speed is None else job.step_tokens / job.num_gpus / speed
+    num_steps, window = _steps_and_window(job, dataset_tokens, step_seconds)
+    if num_steps is None:
+        unknown.append("hours and dollars: give --max_steps, --max_hours, or --dataset_tokens for --epochs")
+    hours = None if num_steps is None or step_seconds is None else num_steps * step_seconds / 3600
     if price is None:
         unknown.append(f"dollars: the catalog has no price of {job.instance.name} for this service; --prices_file")
     unknown.append("not in the hours: start, validation, checkpoint stalls, restarts, waiting for data")
     if step is not None:
         unknown += [f"assumed: {text}" for text in step.assumptions]
-    flops = family_of(job.model.model_type).flops_per_token(job.model, context_tokens=job.model.max_context_width)
     return Plan(
         job=job,
         sizes=sizes_of(job.model),
-        flops_per_token=flops.total,
+        flops_per_token=flops_of(job.model).total,
         memory=needed,
         remedy=find_remedy(job) if needed.verdict == "does not fit" else None,
         step=step,
         num_steps=num_steps,
+        window=window,
         hours=hours,
-        hours_level=LEVEL if tokens_per_second_per_gpu is None else "measured speed",
+        hours_level="measured speed" if tokens_per_second_per_gpu else step.level if step else LEVEL,
         cost=cost(job, price, hours=hours),
         unknown=tuple(unknown),
     )
+
+
+def check_job(job: Job) -> None:
+    """Refuse settings that do not go with the job's GPUs or their number. Raises ConfigError, as `train` would."""
+    check_world(job.parallel, world_size=job.num_gpus, local_world_size=job.instance.num_gpus)
+    if job.has_gpus:
+        check_attention(job.model, job.parallel)
+
+
+def _steps_and_window(
+    job: Job, dataset_tokens: int | None, step_seconds: float | None
+) -> tuple[int | None, HoursWindow | None]:
+    """Steps of the run, at least one; and what of it fits into --max_hours."""
+    asked, hours = num_steps_of(job, dataset_tokens), job.train.max_hours
+    if hours is None or step_seconds is None:
+        return asked, None
+    window = hours_window(job, max_hours=hours, step_seconds=step_seconds)
+    fitting = max(1, window.num_steps)
+    return fitting if asked is None else min(asked, fitting), window
 
 
 def memory_of(job: Job) -> Memory:
@@ -129,13 +174,22 @@ def memory_of(job: Job) -> Memory:
     return Memory(moments=moments, gpu=memory.gpu_fit(job, moments), host_terms=host, host=memory.host_fit(job, host))
 
 
-def _num_steps(job: Job, dataset_tokens: int | None) -> int | None:
+def num_steps_of(job: Job, dataset_tokens: int | None) -> int | None:
     """As train/setup.py: --max_steps or --epochs, whichever ends first; one epoch when neither is given."""
     limits = [] if job.train.max_steps is None else [job.train.max_steps]
     epochs = job.data.epochs or (None if limits else 1)
     if epochs is not None and dataset_tokens is not None:
         limits.append(max(1, epochs * dataset_tokens // job.step_tokens))
     return min(limits, default=None)
+
+
+def why_not(made: Plan) -> str:
+    """Why a job that does not fit does not, and what would make it fit."""
+    found = made.memory
+    worst = max(found.gpu, found.host, key=lambda fit: fit.least_bytes / fit.usable_bytes)
+    needed = f"{format_bytes(worst.needed_bytes)} are needed and {format_bytes(worst.usable_bytes)} are there"
+    what = f", most of it {found.dominant.name}" if worst is found.gpu else ""
+    return f"the plan says that this does not fit: of {worst.of} {needed}{what}; {made.remedy}"
 
 
 # --- what would make it fit
@@ -221,12 +275,14 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "level": LEVEL,
         "model": {
             "model_type": job.model.model_type,
+            "vocab_size": job.model.vocab_size,
             "parameters": made.sizes.total,
             "active_parameters": made.sizes.active,
             "flops_per_token": made.flops_per_token,
         },
         "job": {
             "instance": job.instance.name,
+            "gpu": job.instance.gpu.name,
             "num_nodes": job.num_nodes,
             "num_gpus": job.num_gpus,
             "shard_degree": job.shard_degree,
@@ -238,7 +294,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
         "time": None
         if step is None
         else {
-            "level": LEVEL,
+            "level": step.level,
             "band": step.band,
             "step_seconds": step.seconds,
             "parts_seconds": dict(step.parts),
@@ -246,6 +302,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
             "mfu": step.mfu,
         },
         "num_steps": made.num_steps,
+        "window": None if made.window is None else made.window.as_dict(),
         "hours": made.hours,
         "hours_level": made.hours_level,
         "cost": {
@@ -267,7 +324,11 @@ def _memory_dict(found: Memory, remedy: Remedy | None) -> dict[str, Any]:
         "verdict": found.verdict,
         "dominant": found.dominant.name,
         "moments_bytes": {one.name: {term.name: term.num_bytes for term in one.terms} for one in found.moments},
-        "gpu": {"needed_bytes": found.gpu.needed_bytes, "usable_bytes": found.gpu.usable_bytes},
+        "gpu": {
+            "needed_bytes": found.gpu.needed_bytes,
+            "reserved_bytes": memory.reserved_bytes(found.moments),
+            "usable_bytes": found.gpu.usable_bytes,
+        },
         "host_bytes": {term.name: term.num_bytes for term in found.host_terms},
         "host": {"needed_bytes": found.host.needed_bytes, "usable_bytes": found.host.usable_bytes},
         "remedy": None

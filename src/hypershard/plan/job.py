@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..catalog.instances import Instance
-from ..config.checks import accumulation_steps
+from ..config.checks import accumulation_steps, flash_obstacle
 from ..config.schema import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from ..models.base import Flops, shard_dimension
 from ..models.family import family_of
+from .here import CPU
 
 _BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-_WIDEST_FLASH_HEAD, _FLASH_HEAD_MULTIPLE = 192, 8  # as train/attention.py chooses; a test holds the two together
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Parameters of a model: in all, used by one token, outside the blocks, and in the largest block.
 
-    `shapes` counts (rows, numbers in a row) of all tensors: FSDP2 deals out whole rows.
+    `shapes` counts all tensors by their shapes.
     """
 
     total: int
     active: int
     root: int
     block: int
-    shapes: Mapping[tuple[int, int], int]
+    shapes: Mapping[tuple[int, ...], int]
 
     def shard(self, degree: int) -> int:
-        """Numbers that the fullest of `degree` ranks keeps, rows that do not divide evenly rounded up."""
-        return sum(count * -(-rows // degree) * width for (rows, width), count in self.shapes.items())
+        """Numbers that the fullest of `degree` ranks keeps: FSDP2 deals out whole rows, or even parts of experts."""
+        total = 0
+        for shape, count in self.shapes.items():
+            size = shape[shard_dimension(shape, degree)]
+            total += count * -(-size // degree) * (math.prod(shape) // size)
+        return total
 
 
 @functools.lru_cache(maxsize=16)
@@ -40,11 +46,11 @@ def sizes_of(model: ModelConfig) -> Sizes:
     """The sizes of `model`. Raises ConfigError while vocab_size is open."""
     specs = family_of(model.model_type).parameters(model)
     blocks: Counter[str] = Counter()
-    shapes: Counter[tuple[int, int]] = Counter()
+    shapes: Counter[tuple[int, ...]] = Counter()
     for spec in specs:
         found = _BLOCK.search(spec.name)
         blocks[found.group(1) if found else ""] += spec.numel
-        shapes[spec.shape[0], spec.numel // spec.shape[0]] += 1
+        shapes[spec.shape] += 1
     root = blocks.pop("")
     return Sizes(
         total=root + blocks.total(),
@@ -53,6 +59,12 @@ def sizes_of(model: ModelConfig) -> Sizes:
         block=max(blocks.values()),
         shapes=shapes,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def flops_of(model: ModelConfig) -> Flops:
+    """FLOPs of a trained token at the model's context. Raises ConfigError while vocab_size is open."""
+    return family_of(model.model_type).flops_per_token(model, context_tokens=model.max_context_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,11 @@ class Job:
     @property
     def num_gpus(self) -> int:
         return self.num_nodes * self.instance.num_gpus
+
+    @property
+    def has_gpus(self) -> bool:
+        """False on a machine whose ranks compute on its cores."""
+        return self.instance.gpu.name != CPU
 
     @property
     def shard_degree(self) -> int:
@@ -102,10 +119,8 @@ class Job:
 
     @property
     def attention_path(self) -> str:
-        """`varlen` or `dense`, as `train/attention.py` will choose on a GPU."""
+        """`varlen` or `dense`, as `train/attention.py` will choose; a test holds the two together."""
         if self.parallel.attention != "auto":
             return self.parallel.attention
-        width = self.model.head_width or 0
-        serves = self.parallel.bf16 and width % _FLASH_HEAD_MULTIPLE == 0 and width <= _WIDEST_FLASH_HEAD
-        wanted = self.data.document_mask and not self.model.attn_pdrop
-        return "varlen" if serves and wanted else "dense"
+        wanted = self.data.document_mask and not self.model.attn_pdrop and self.has_gpus
+        return "varlen" if wanted and flash_obstacle(self.model, self.parallel) is None else "dense"

@@ -19,10 +19,10 @@ from typing import Any
 
 from ..catalog.bus_bandwidth import bus_bandwidth
 from ..errors import ConfigError
-from ..models.family import family_of
 from .bytes import saved_by_token
-from .job import Job, sizes_of
+from .job import Job, flops_of, sizes_of
 
+LEVEL = "closed form"
 _PASSES = 3  # over what a block saves: written in forward, read in backward, and its gradient
 _LOGIT_BYTES = 40  # read and written per logit by the loss: the product, logsumexp, exp, and two casts
 _OPTIMIZER_BYTES = 34  # per parameter: AdamW reads four float32 numbers and writes three; the gather's cast is 6
@@ -56,8 +56,10 @@ class Communication:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """One optimizer step. `parts` add up to `seconds`; `band` is relative, either way."""
+    """One optimizer step. `parts` add up to `seconds`; `level` says where these come from; `band` is relative, either
+    way."""
 
+    level: str
     seconds: float
     parts: Mapping[str, float]
     tokens: int
@@ -95,13 +97,13 @@ def step_time(job: Job) -> StepTime:
         "optimizer": optimizer,
     }
     seconds = sum(parts.values())
-    flops = family_of(job.model.model_type).flops_per_token(job.model, context_tokens=job.model.max_context_width)
     return StepTime(
+        level=LEVEL,
         seconds=seconds,
         parts=parts,
         tokens=job.step_tokens,
         num_gpus=job.num_gpus,
-        mfu=job.step_tokens * flops.total / (seconds * job.num_gpus * peak_flops(job)),
+        mfu=job.step_tokens * flops_of(job.model).total / (seconds * job.num_gpus * peak_flops(job)),
         band=band,
         assumptions=(*assumptions, *talking.assumptions),
     )
@@ -113,7 +115,7 @@ def peak_flops(job: Job) -> float:
     if given:
         return given * 1e12
     listed = job.instance.gpu.bf16_tflops
-    if not job.parallel.bf16 or listed is None:
+    if listed is None or (job.has_gpus and not job.parallel.bf16):  # the guess of a CPU's peak is for both
         raise ConfigError(
             f"the catalog knows the {job.instance.gpu.name}'s speed in bfloat16 alone, found "
             f"--bf16={int(job.parallel.bf16)}; give --peak_tflops_per_gpu"
@@ -127,8 +129,8 @@ def _factors(job: Job) -> tuple[Mapping[str, float], float, list[str]]:
     name = job.instance.gpu.name
     entry = next((one for one in content["fitted"].values() if name in one["gpus"]), None)
     if entry is not None:
-        return entry["factors"], content["band"], []
-    like = content["like"][name]
+        return entry["factors"], entry.get("band", content["band"]), entry.get("assumptions", [])
+    like = content["like"].get(name, content["like_unknown"])
     borrowed = f"no published speeds of a {name} were fitted: those of {content['fitted'][like]['of']} are taken"
     return content["fitted"][like]["factors"], content["band_borrowed"], [borrowed]
 
@@ -139,8 +141,7 @@ def _factors(job: Job) -> tuple[Mapping[str, float], float, list[str]]:
 def work_of(job: Job) -> Work:
     """Seconds of one micro-step at peak rates: FLOPs over the GPU's peak, bytes over its memory's bandwidth."""
     model, tokens = job.model, job.micro_tokens
-    family = family_of(model.model_type)
-    flops = family.flops_per_token(model, context_tokens=model.max_context_width)
+    flops = flops_of(model)
     vocab = model.vocab_size or 0
     head = 6.0 * vocab * model.hidden_width  # of the matmul FLOPs; the loss keeps its gradient and recomputes nothing
     again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing] / 3
@@ -168,12 +169,17 @@ def _optimizer_seconds(job: Job) -> float:
 
 def _offload_seconds(job: Job) -> float:
     """Transfers of one micro-step between GPU and host, which nothing here hides."""
-    rates = coefficients()["pcie_gb_per_second"]
-    rate = rates.get(job.instance.family, rates["other"]) * 1e9
+    rate = host_bytes_per_second(job)
     activations = 2 * saved_by_token(job).on_host * job.micro_tokens * job.model.num_layers
     # Shards go to the GPU for forward and for backward, gradients come back, all in float32.
     weights = 3 * 4 * sizes_of(job.model).shard(job.shard_degree) if job.parallel.cpu_offload else 0
     return (activations + weights) / rate
+
+
+def host_bytes_per_second(job: Job) -> float:
+    """Between one GPU and its host."""
+    rates = coefficients()["pcie_gb_per_second"]
+    return float(rates.get(job.instance.family, rates["other"])) * 1e9
 
 
 # --- collectives

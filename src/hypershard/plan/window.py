@@ -1,8 +1,8 @@
 """Fit a training into a time window: what of it fits into so many hours, and the flags that make it so.
 
-How long a step takes is not known here: `estimate` is asked, the planner or a calibrated one. The reserve of half an
-hour is for what no plan foresees; the schedule is laid over the steps that fit (wsd, whose decay can be moved while the
-rate is still held), and saves go by minutes, since steps may be slower than planned.
+How long a step takes is not known here: `estimate` is asked, such as the planner (window_cost.py). The reserve, which
+training keeps too (optim/replan.py), is for what no plan foresees; the schedule is laid over the steps that fit (wsd,
+whose decay can be moved while the rate is still held), and saves go by minutes, since steps may be slower than planned.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import OptimConfig
 from ..data.analysis.repetition import LARGE_FINE_TUNING_SAMPLES, SMALL_FINE_TUNING_SAMPLES, most_fine_tuning_epochs
 from ..errors import ConfigError
+from ..optim.replan import reserve_hours
 from .profiles import PROFILES, Profile, read_object, refuse_unknown
-from .window_fit import RESERVE_HOURS, Estimate, Samples, StepCost, Trial, WindowEstimate, steps_that_fit
+from .window_fit import Estimate, Samples, StepCost, Trial, WindowEstimate
 
 __all__ = [
-    "RESERVE_HOURS",
+    "AUTO",
+    "COURSE",
+    "GIVE_WAYS",
     "Estimate",
-    "Replan",
     "Samples",
     "StepCost",
     "TrainingRequest",
@@ -32,15 +33,21 @@ __all__ = [
     "advice",
     "optimize_for_dataset",
     "read_training_config",
-    "replanned",
     "report",
     "suggested_profile",
 ]
 
-CHECKPOINT_MINUTES = 30.0
+_CHECKPOINT_MINUTES = 30.0
 # Share of the steps at the peak rate; the last fifth decays (Hu et al. 2024, MiniCPM, arXiv:2404.06395, section 4,
 # where a tenth is enough; Hägele et al. 2024, arXiv:2405.18392, gain little beyond a fifth).
-PLATEAU = 0.8
+_PLATEAU = 0.8
+# How a training in a window decays and saves, whatever the profile, by the names of flags.
+COURSE: dict[str, Any] = {
+    "lr_decay_style": "wsd",
+    "plateau": _PLATEAU,
+    "checkpoint_minutes": _CHECKPOINT_MINUTES,
+    "checkpoint_freq": "none",
+}
 # Mean tokens of a sample below which sequences may be shorter and more, above which longer and fewer: practice of the
 # fine-tuning guides that these profiles are from, no law.
 SHORT_SAMPLE_TOKENS, LONG_SAMPLE_TOKENS = 300, 800
@@ -75,7 +82,7 @@ def optimize_for_dataset(
     estimate: Estimate,
     give_way: str = "steps",
 ) -> WindowPlan:
-    """Plan a fine-tuning on `num_samples` that ends within `max_hours`, half an hour of them kept in reserve.
+    """Plan a fine-tuning on `num_samples` that ends within `max_hours` less their reserve.
 
     `num_epochs` None: as many as a set of this size bears. `priority`: a profile's name, the user's own profile, or
     'auto' (by the data). The micro-batch is the largest of the profile's that fits into memory, and accumulation
@@ -125,10 +132,8 @@ def _checked_samples(num_samples: int, avg_tokens_per_sample: float) -> Samples:
 def _check_wish(num_epochs: float | None, max_hours: float, give_way: str) -> None:
     if num_epochs is not None and not 0 < num_epochs < math.inf:
         raise ConfigError(f"num_epochs: found {num_epochs}, expected a number above 0")
-    if not RESERVE_HOURS < max_hours < math.inf:
-        raise ConfigError(
-            f"--max_hours={max_hours:g}: {RESERVE_HOURS:g} h are kept in reserve, so expected more than that"
-        )
+    if not 0 < max_hours < math.inf:
+        raise ConfigError(f"--max_hours={max_hours:g}: expected a number of hours above 0")
     if give_way not in GIVE_WAYS:
         raise ConfigError(f"give_way: found {give_way!r}, expected one of {', '.join(GIVE_WAYS)}")
 
@@ -178,15 +183,12 @@ def advice(samples: Samples, *, asked_epochs: float) -> list[str]:
 
 
 def _training_arguments(profile: Profile, *, num_steps: int, max_hours: float) -> dict[str, Any]:
-    """Flags of the plan. The run also ends by itself, saved, where the reserve begins."""
+    """Flags of the plan. The run itself plans anew, within the same reserve, once it has measured its steps."""
     return {
         **profile.settings(),
         "max_steps": num_steps,
-        "max_hours": max_hours - RESERVE_HOURS,
-        "lr_decay_style": "wsd",
-        "plateau": PLATEAU,
-        "checkpoint_minutes": CHECKPOINT_MINUTES,
-        "checkpoint_freq": "none",
+        "max_hours": max_hours,
+        **COURSE,
     }
 
 
@@ -196,8 +198,8 @@ def report(plan: WindowPlan, *, timestamp: datetime) -> dict[str, Any]:
         "timestamp": timestamp.isoformat(),
         "window": {
             "max_hours": plan.max_hours,
-            "reserve_hours": RESERVE_HOURS,
-            "available_hours": plan.max_hours - RESERVE_HOURS,
+            "reserve_hours": reserve_hours(plan.max_hours),
+            "available_hours": plan.max_hours - reserve_hours(plan.max_hours),
         },
         "profile": {
             "name": plan.profile.name,
@@ -242,49 +244,3 @@ def read_training_config(path: Path) -> TrainingRequest:
             f"{path}: optimization_priority: found {priority!r}, expected one of {', '.join((AUTO, *PROFILES))}"
         )
     return TrainingRequest(**{name: values.get(name) for name in _CONFIG_KEYS})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replan:
-    """The schedule from here on: the run ends at `last_step`, with `optim`; `why` it is as it is."""
-
-    last_step: int
-    optim: OptimConfig
-    why: str
-
-
-def replanned(
-    optim: OptimConfig,
-    *,
-    step: int,
-    last_step: int,
-    asked_steps: int,
-    step_seconds: float,
-    seconds_left: float,
-) -> Replan:
-    """Lay the schedule over the steps that fit, now that a step's seconds were measured.
-
-    After `step` of `last_step`, at most `asked_steps`, with `seconds_left` until the final save has to begin. Steps
-    already done keep their rate: wsd only moves the decay, as long as it has not begun, and constant has none. Any
-    other style was laid over all steps from the first on, so it is left as it is.
-    """
-    fitting = max(step + 1, min(asked_steps, step + steps_that_fit(seconds=seconds_left, step_seconds=step_seconds)))
-    if fitting == last_step:
-        return Replan(last_step=last_step, optim=optim, why="the steps planned are those that fit")
-    if optim.lr_decay_style == "constant":
-        return Replan(last_step=fitting, optim=optim, why=f"{fitting:,} steps fit, {last_step:,} were planned")
-    if optim.lr_decay_style != "wsd" or optim.lr_decay_iters is not None:
-        why = f"{fitting:,} steps fit, but the schedule of {last_step:,} has begun; only --lr_decay_style=wsd without "
-        return Replan(last_step=last_step, optim=optim, why=why + "--lr_decay_iters can be laid anew")
-    warmup_steps = math.ceil(optim.warmup * last_step)
-    decay_starts_at = warmup_steps + math.floor(optim.plateau * last_step)
-    if step > decay_starts_at:
-        why = f"{fitting:,} steps fit, but the decay began after step {decay_starts_at:,}"
-        return Replan(last_step=last_step, optim=optim, why=why)
-    held = min(max(math.floor(optim.plateau * fitting), step - warmup_steps), fitting - warmup_steps - 1)
-    if held < 1:
-        why = f"only {fitting:,} steps fit, no more than the warm-up; it stays as it is"
-        return Replan(last_step=last_step, optim=optim, why=why)
-    # Halves between two whole numbers: the shares give these very steps when the schedule rounds them.
-    anew = dataclasses.replace(optim, warmup=max(0.0, (warmup_steps - 0.5) / fitting), plateau=(held + 0.5) / fitting)
-    return Replan(last_step=fitting, optim=anew, why=f"{fitting:,} steps fit, {last_step:,} were planned")

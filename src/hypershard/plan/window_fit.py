@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..optim.replan import reserve_hours, steps_that_fit
 from .profiles import Profile
 
-# For what no plan foresees: queues, a slow download, one restart.
-RESERVE_HOURS = 0.5
 # Sequences are not shortened below this; this project's choice.
 SHORTEST_TOKENS = 256
 
@@ -20,7 +19,8 @@ SHORTEST_TOKENS = 256
 class StepCost:
     """What the planner says of one step of a profile, on the job's `num_gpus`.
 
-    `overhead_seconds`: start, compilation, validations and the final save together. `band`: the share by which
+    `step_seconds` with what validations and saves add to each; `overhead_seconds`: start, compilation, the last
+    validation and the final save together. `band`: the share by which
     `step_seconds` may be wrong either way. `memory_verdict` says in words whether the step fits, and what would help.
     """
 
@@ -72,11 +72,6 @@ class WindowEstimate:
     fits_in_window: bool
     fits_at_worst: bool
     memory_verdict: str
-
-
-def steps_that_fit(*, seconds: float, step_seconds: float) -> int:
-    """Whole steps within `seconds`."""
-    return max(0, math.floor(seconds / step_seconds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +129,8 @@ class Trial:
 
     def _most_steps(self, cost: StepCost) -> int:
         return steps_that_fit(
-            seconds=(self.max_hours - RESERVE_HOURS) * 3600 - cost.overhead_seconds, step_seconds=cost.step_seconds
+            seconds=(self.max_hours - reserve_hours(self.max_hours)) * 3600 - cost.overhead_seconds,
+            step_seconds=cost.step_seconds,
         )
 
     def cut(self, profile: Profile, cost: StepCost, *, give_way: str, changes: list[str]) -> int:
@@ -146,7 +142,7 @@ class Trial:
         epochs = math.floor(most / per_epoch)
         num_steps = most if give_way == "steps" else int(epochs * per_epoch)
         if num_steps < 1:
-            need = self.hours(cost, 1 if give_way == "steps" else math.ceil(per_epoch)) + RESERVE_HOURS
+            need = self.hours(cost, 1 if give_way == "steps" else math.ceil(per_epoch)) + reserve_hours(self.max_hours)
             what = "one step" if give_way == "steps" else "one epoch"
             raise ConfigError(
                 f"--max_hours={self.max_hours:g} does not hold {what}: it needs {need:,.2f} h with the reserve; raise "
@@ -184,7 +180,7 @@ class Trial:
     def result(self, profile: Profile, cost: StepCost, num_steps: int) -> WindowEstimate:
         asked = self.steps(profile, cost)
         per_step = profile.samples_per_step * cost.num_gpus
-        available = self.max_hours - RESERVE_HOURS
+        available = self.max_hours - reserve_hours(self.max_hours)
         hours, high = self.hours(cost, num_steps), self.hours(cost, num_steps, slower=cost.band)
         return WindowEstimate(
             step_seconds=cost.step_seconds,

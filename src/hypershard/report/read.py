@@ -9,6 +9,25 @@ from typing import Any
 
 from ..errors import DataError
 from ..metrics.sinks import read_json_lines
+from ..storage import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstPlan:
+    """What was planned beside what came; None: no plan said so, or it is not known yet.
+
+    `expected_hours`: elapsed, and to come at the run's pace. `planned_memory_bytes`: what a GPU's allocator was to
+    reserve; of a rank on a CPU, all its memory.
+    """
+
+    estimated_hours: float
+    elapsed_hours: float
+    expected_hours: float
+    time_accuracy: float
+    is_on_track: bool
+    planned_memory_bytes: float | None
+    dollars_spent: float | None
+    dollars_to_come: float | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,7 @@ class RunSummary:
     padding: float
     checkpoint_steps: tuple[int, ...]
     alarms: tuple[tuple[float, str], ...]
+    plan: AgainstPlan | None
 
 
 def read_run(run_dir: Path) -> RunSummary:
@@ -58,6 +78,28 @@ def read_run(run_dir: Path) -> RunSummary:
         padding=statistics.fmean(record["padding"] for record in steady),
         checkpoint_steps=_checkpoint_steps(run_dir),
         alarms=_alarms(run_dir),
+        plan=_against_plan(run_dir, training[-1]),
+    )
+
+
+def _against_plan(run_dir: Path, last: dict[str, Any]) -> AgainstPlan | None:
+    if "optimization/time_accuracy" not in last:
+        return None
+    planned = run_dir / "plan.json"
+    memory = None
+    if planned.exists():
+        content = read_json(planned)
+        memory = content["memory"]["gpu"]["needed_bytes" if content["job"]["gpu"] == "CPU" else "reserved_bytes"]
+    elapsed = last["training/elapsed_hours"]
+    return AgainstPlan(
+        estimated_hours=last["optimization/estimated_hours"],
+        elapsed_hours=elapsed,
+        expected_hours=elapsed + last["training/remaining_hours"],
+        time_accuracy=last["optimization/time_accuracy"],
+        is_on_track=bool(last["training/on_track"]),
+        planned_memory_bytes=memory,
+        dollars_spent=last.get("training/dollars_spent"),
+        dollars_to_come=last.get("training/dollars_to_come"),
     )
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..units import format_bytes, format_count, format_seconds
-from .read import RunSummary
+from .read import AgainstPlan, RunSummary
 
 _ALARMS_SHOWN = 5
 
@@ -28,6 +28,8 @@ def render(run: RunSummary) -> str:
         f"in {format_seconds(run.seconds)}"
     )
     lines.append(f"memory     {format_bytes(run.memory_bytes)} at most on rank 0")
+    if run.plan is not None:
+        lines.append(f"plan       {_against_plan(run.plan)}")
     lines.append(f"data       {run.data_share:.1%} of the steps' time waited for it, {run.padding:.1%} padding")
     steps = ", ".join(map(str, run.checkpoint_steps)) or "none"
     lines.append(f"checkpoint steps {steps}")
@@ -37,6 +39,23 @@ def render(run: RunSummary) -> str:
         lines.append(f"           and {len(run.alarms) - _ALARMS_SHOWN} alarms before these, in events.jsonl")
     lines.append(f"run        {run.run_dir}")
     return "\n".join(lines)
+
+
+def _against_plan(plan: AgainstPlan) -> str:
+    planned, took = format_seconds(plan.estimated_hours * 3600), format_seconds(plan.elapsed_hours * 3600)
+    came = f"{took} taken"
+    if plan.expected_hours > plan.elapsed_hours:
+        came += f" of {format_seconds(plan.expected_hours * 3600)} now expected"
+    track = (
+        "on track" if plan.is_on_track else "slower than planned" if plan.time_accuracy < 1 else "faster than planned"
+    )
+    parts = [f"{planned} planned, {came}: {track}, {plan.time_accuracy:.0%}"]
+    if plan.planned_memory_bytes is not None:
+        parts.append(f"memory {format_bytes(plan.planned_memory_bytes)} planned")
+    if plan.dollars_spent is not None:
+        to_come = f" + ${plan.dollars_to_come:,.2f} to come" if plan.dollars_to_come else ""
+        parts.append(f"${plan.dollars_spent:,.2f}{to_come}")
+    return "; ".join(parts)
 
 
 def draw_curve(steps: Sequence[int], values: Sequence[float], *, width: int = 64, height: int = 12) -> str:

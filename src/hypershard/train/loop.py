@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from ..checkpoint.policy import is_due
 from ..distributed.collectives import from_main
-from ..log import logger
+from ..metrics.on_track import Pace
 from ..metrics.sinks import Sink, close
 from . import guard
 from .evaluate import evaluate
 from .records import Stopwatch, ledger_cursors, step_record
 from .rehearse import rehearse
+from .replan import lay_course
 from .restore import Start, restore
 from .setup import Job
 from .state import Progress, advance
@@ -45,7 +46,7 @@ def run(
     schedule: Schedule,
     *,
     eval_only: bool,
-    open_sinks: Callable[[int], Sequence[Sink]],
+    open_sinks: Callable[[int, int], Sequence[Sink]],
     event: Callable[..., None],
 ) -> Outcome:
     """Train until something says stop; every rank returns the same outcome (but for its own seconds)."""
@@ -56,8 +57,8 @@ def run(
             sink.write(progress.step, {"validation_loss": loss, "tokens": progress.tokens})
         return loss
 
-    progress = restore(job, start)
-    sinks = open_sinks(progress.step)
+    progress = lay_course(job, restore(job, start), step_seconds=None)
+    sinks, pace = open_sinks(progress.step, job.last_step(progress)), Pace(job.forecast)
     event("started", step=progress.step, world_size=job.world.size, **job.data_position(progress))
     if eval_only:
         outcome = Outcome("eval_only", progress, validate())
@@ -65,12 +66,9 @@ def run(
         return outcome
     rehearse(job)
     saves = job.checkpoints.saves
-    if saves:
-        job.checkpoints.begin(progress.step, job.tensors(), job.facts(progress))
-    else:
-        logger.warning("no checkpoint tier is on: nothing will be saved, and a stop loses the run")
-    last_step, validation_loss = job.limits.last_step, None
+    job.checkpoints.begin(progress.step, job.tensors(), job.facts(progress))
     asked: str | None = None
+    validation_loss: float | None = None
     stopwatch, wish = Stopwatch(), SaveWish(schedule.save_minutes, now=time.monotonic())
     with StopSignals(wish) as signals:
 
@@ -82,22 +80,24 @@ def run(
             save = job.world.ranks.is_main and wish.is_wanted(time.monotonic())
             return [float(wanted() is not None), float(save), *job.checkpoints.flags()]
 
-        while (reason := stop_reason(progress, job.limits, asked=asked)) is None:
+        while (reason := stop_reason(progress, last_step=job.last_step(progress), asked=asked)) is None:
             report = train_step(job, progress, flags=flags)
             progress = advance(progress, report, seconds=stopwatch.lap())
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
+            if pace.add(report.seconds):
+                progress = lay_course(job, progress, step_seconds=pace.step_seconds)
+            last_step = job.last_step(progress)
             stop_asked, save_asked, *busy = report.flags
             if stop_asked:
                 asked = from_main(wanted()) or "another rank's signal"
             if is_due(progress.step, schedule.logging, last_step):
                 for sink in sinks:
-                    sink.write(progress.step, step_record(job, progress, report))
+                    sink.write(progress.step, step_record(job, progress, report, pace))
             # Before the save: a run that goes on from it finds all that belongs to its steps written.
             if is_due(progress.step, schedule.validation, last_step):
                 validation_loss = validate()
             if due := saves and job.checkpoints.due(progress.step, busy, asked=save_asked, step_seconds=report.seconds):
-                facts = job.facts(progress)
-                job.checkpoints.save(progress.step, job.tensors(), facts, due=due)
+                job.checkpoints.save(progress.step, job.tensors(), facts := job.facts(progress), due=due)
                 wish.granted(due, time.monotonic())
                 stall_seconds, cursors = job.checkpoints.last_stall_seconds, ledger_cursors(facts, due)
                 event("saved", step=progress.step, tiers=due, stall_seconds=stall_seconds, cursors=cursors)

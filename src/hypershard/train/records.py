@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics.memory import peak_memory_bytes
+from ..metrics.on_track import Pace
 from ..metrics.throughput import throughput
 from .setup import Job
 from .state import Progress, StepReport
@@ -30,8 +31,9 @@ def ledger_cursors(facts: Mapping[str, Any], due: Sequence[str]) -> str | None:
     return None if set(due) <= {"memory"} else facts["cursors"]
 
 
-def step_record(job: Job, progress: Progress, report: StepReport) -> dict[str, Any]:
+def step_record(job: Job, progress: Progress, report: StepReport, pace: Pace) -> dict[str, Any]:
     """The numbers of the step that led to `progress`; their meanings stand in metrics/README.md."""
+    last_step = job.last_step(progress)
     speed = throughput(
         tokens=report.tokens,
         seconds=report.seconds,
@@ -51,4 +53,6 @@ def step_record(job: Job, progress: Progress, report: StepReport) -> dict[str, A
         "mfu": speed.mfu,
         "memory_bytes": peak_memory_bytes(job.world.device),
         "skipped": report.skipped,
+        "last_step": last_step,
+        **pace.on_track(elapsed_seconds=progress.seconds, step=progress.step, last_step=last_step).metrics(),
     }

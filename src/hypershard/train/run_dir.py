@@ -4,6 +4,8 @@ config.yaml        the whole resolved configuration; `hypershard train --config`
 code.txt           commit and uncommitted changes of the code that ran
 environment.json   versions, hosts and devices
 metrics.jsonl      one line per logged step, and one per validation
+plan.json          what was planned: memory, seconds, dollars; as `hypershard plan --json`
+actual.json        what it really took, beside the plan, once the run has ended
 events.jsonl       started, saved, stopped, failed, alarm: with the time; job scripts add launched and preempted
 tensorboard/       the same numbers for TensorBoard
 tokenizer/         the tokenizer, so that a run can be read without its data
@@ -118,14 +120,16 @@ def _code_state() -> str:
     return f"commit {commit}{git('diff', 'HEAD', '--', str(here)) or ''}"
 
 
-def sinks_opener(run_dir: Path, config: Config, *, is_main: bool, last_step: int) -> Callable[[int], Sequence[Sink]]:
-    """A function that, given the step the run goes on from, opens this rank's sinks (none but on rank 0).
+def sinks_opener(
+    run_dir: Path, config: Config, *, is_main: bool, more: Sequence[Sink]
+) -> Callable[[int, int], Sequence[Sink]]:
+    """A function that opens this rank's sinks (none but on rank 0) with `more`, for the steps after one to the last.
 
     Records of later steps are dropped, because those steps are done again; not so by `eval_only`, which does none.
     """
     report, eval_only = config.report, config.train.eval_only
 
-    def open_sinks(step: int) -> Sequence[Sink]:
+    def open_sinks(step: int, last_step: int) -> Sequence[Sink]:
         if not is_main:
             return ()
         if not eval_only:
@@ -136,7 +140,7 @@ def sinks_opener(run_dir: Path, config: Config, *, is_main: bool, last_step: int
             sinks.append(
                 TensorBoard(local_path(directory, flag="--tensorboard_dir"), purge_after=None if eval_only else step)
             )
-        return sinks
+        return [*sinks, *more]
 
     return open_sinks
 

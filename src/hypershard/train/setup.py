@@ -21,9 +21,11 @@ from ..distributed.mesh import build_mesh
 from ..distributed.process_group import World
 from ..errors import ConfigError
 from ..log import logger
+from ..metrics.on_track import Forecast
 from ..models.family import family_of, parameter_count
 from ..models.same_config import refuse_other_config
 from ..optim.adamw import build_adamw
+from ..optim.schedule import learning_rate
 from ..parallel.apply import apply
 from ..parallel.fsdp import ShardedModule
 from ..parallel.init import initialise
@@ -62,6 +64,7 @@ class Job:
     samples_per_step: int
     tokens_per_step: int
     limits: Limits
+    forecast: Forecast
     flops_per_token: float
     peak_flops_per_gpu: float | None
     checkpoints: CheckpointManager
@@ -70,6 +73,18 @@ class Job:
         """The weights and moments as they are now. Asked for anew each time: at the first forward FSDP2 replaces
         shards by padded (rows that do not divide evenly) or pinned ones, and what was taken before would be stale."""
         return checkpoint_tensors(self.parameters, self.optimizer)
+
+    def last_step(self, progress: Progress) -> int:
+        """The step that ends the run: as configured, or of the course laid anew."""
+        return self.limits.last_step if progress.course is None else progress.course.last_step
+
+    def learning_rate(self, progress: Progress) -> float:
+        """The rate of the step after `progress`."""
+        course = progress.course
+        optim = self.optim
+        if course is not None:
+            optim = dataclasses.replace(optim, warmup=course.warmup, plateau=course.plateau)
+        return learning_rate(progress.step + 1, optim, last_step=self.last_step(progress))
 
     def data_position(self, progress: Progress) -> dict[str, int]:
         """Which samples come next, for the run's record: what `hypershard data ledger` reads."""
@@ -89,11 +104,18 @@ class Job:
 
 
 def build_job(
-    config: Config, world: World, *, checkpoint_dir: Path, surroundings: Surroundings, alarm: Callable[[str], None]
+    config: Config,
+    world: World,
+    *,
+    checkpoint_dir: Path,
+    surroundings: Surroundings,
+    alarm: Callable[[str], None],
+    foresee: Callable[[ModelConfig, int], Forecast],
 ) -> Job:
     """Build every part. Raises a UserError for whatever the configuration asks that cannot be.
 
-    `alarm` is told of what goes wrong beside the training.
+    `alarm` is told of what goes wrong beside the training. `foresee` is asked for a plan, by all ranks, before anything
+    large is built: it is given the completed model and the number of steps, and refuses what does not fit.
     """
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
     refuse_missing_bf16(config, world.device)
@@ -107,9 +129,10 @@ def build_job(
     context = model.max_context_width
     data = build_data(config, dataset, world, context_tokens=context, accumulation=accumulation)
     limits = _limits(config, data.samples_per_epoch, samples_per_step, ends_at=surroundings.ends_at)
+    forecast = foresee(model, limits.last_step)
 
     attention = choose_attention(config, model, world.device)
-    module, sharded = _build_module(config, model, attention, world, samples_per_step=samples_per_step)
+    module, sharded = build_module(config, model, attention, world, samples_per_step=samples_per_step)
     parameters = dict(module.hf_model.named_parameters())
     specs = family.parameters(model)
     if config.train.init_from in ("scratch", "resume"):
@@ -148,6 +171,7 @@ def build_job(
         samples_per_step=samples_per_step,
         tokens_per_step=samples_per_step * context,
         limits=limits,
+        forecast=forecast,
         flops_per_token=family.flops_per_token(model, context_tokens=context).total,
         peak_flops_per_gpu=_peak_flops(config, world.device),
         checkpoints=build_checkpoints(
@@ -185,7 +209,7 @@ def _limits(config: Config, num_samples: int | None, samples_per_step: int, *, e
     return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600, ends_at)
 
 
-def _build_module(
+def build_module(
     config: Config, model: ModelConfig, attention: Attention, world: World, *, samples_per_step: int
 ) -> tuple[LanguageModel, ShardedModule]:
     """The sharded model, materialised but without values."""

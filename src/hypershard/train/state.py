@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,20 @@ from ..optim.adamw import MOMENTS
 
 
 @dataclass(frozen=True)
+class Course:
+    """A schedule that was laid anew so that the run ends within its window (replan.py): its end, and its two shares."""
+
+    last_step: int
+    warmup: float
+    plateau: float
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Counters of the run over all its restarts. `samples` is the position in the data's global order."""
+    """Counters of the run over all its restarts. `samples` is the position in the data's global order.
+
+    `course` None: the schedule is as configured.
+    """
 
     step: int = 0
     samples: int = 0
@@ -28,6 +41,7 @@ class Progress:
     seconds: float = 0.0
     optimizer_steps: int = 0
     skipped_in_row: int = 0
+    course: Course | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ class StepReport:
 
 def advance(progress: Progress, report: StepReport, *, seconds: float) -> Progress:
     """The state after a step that took `seconds` of the run, saves and validations before it included."""
-    return Progress(
+    return dataclasses.replace(
+        progress,
         step=progress.step + 1,
         samples=progress.samples + report.samples,
         tokens=progress.tokens + report.tokens,
@@ -77,8 +92,9 @@ def checkpoint_tensors(
 
 def progress_from(facts: Mapping[str, object]) -> Progress:
     """The counters in a checkpoint's facts."""
-    names = [field.name for field in dataclasses.fields(Progress)]
-    return Progress(**{name: facts[name] for name in names})  # type: ignore[arg-type]
+    values: dict[str, Any] = {field.name: facts[field.name] for field in dataclasses.fields(Progress)}
+    course = values["course"]
+    return Progress(**values | {"course": None if course is None else Course(**course)})
 
 
 def seed_everything(seed: int, *, step: int, rank: int) -> None:

@@ -12,7 +12,6 @@ from ..data.packing import Batch
 from ..distributed.collectives import sum_over_ranks
 from ..optim.adamw import set_learning_rate
 from ..optim.gradients import clip, local_gradients, sum_of_squares
-from ..optim.schedule import learning_rate
 from .attention import Segments
 from .setup import Job
 from .state import Progress, StepReport, seed_everything
@@ -38,7 +37,7 @@ def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[flo
     ).tolist()
     loss, grad_norm = totals[0] / valid_tokens.item(), math.sqrt(totals[1])
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    lr = learning_rate(step, job.optim, last_step=job.limits.last_step)
+    lr = job.learning_rate(progress)
     if not skipped:
         clip(gradients, norm=grad_norm, limit=job.optim.grad_clip)
         set_learning_rate(job.optimizer, lr)

@@ -16,8 +16,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Limits:
-    """`last_step` ends the run; `max_seconds` (None: no limit) counts training time over all restarts.
+    """`last_step` ends the run, a course laid anew sooner.
 
+    `max_seconds` (None: no limit) counts training time over all restarts.
     `ends_at` (None: unknown) is when the cluster ends the job, in seconds since 1970.
     """
 
@@ -34,9 +35,9 @@ class Limits:
         return None
 
 
-def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str | None:
+def stop_reason(progress: Progress, *, last_step: int, asked: str | None) -> str | None:
     """ "steps", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on."""
-    if progress.step >= limits.last_step:
+    if progress.step >= last_step:
         return "steps"
     return asked
 
