@@ -141,9 +141,7 @@ def _plan(question: Asked) -> Plan:
 # --- the page
 
 
-def _page(
-    made: Plan, question: Asked, view: DataView | None, traced: Traced | CannotTrace | None
-) -> Iterator[str]:
+def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | CannotTrace | None) -> Iterator[str]:
     job, sizes = made.job, made.sizes
     machine = job.instance
     active = "" if sizes.active == sizes.total else f", of which a token uses {sizes.active:,}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config.schema import SETTINGS
 from ..errors import ConfigError
-from ..plan.calibration import FAR, NEAR, Calibration, bands_of, calibrate
+from ..plan.calibration import FAR, NEAR, Calibration, bands, calibrate
 from ..plan.calibration_store import default_folder, load_calibrations, save_calibration
 from ..plan.measured_run import TOLD, Measured, job_of_run, measured
 from ..plan.steps import step_time
@@ -90,9 +90,9 @@ def _page(made: Calibration, found: Measured, *, band: float, path: Path) -> Ite
         )
     else:
         yield f"memory       the process held {format_bytes(found.memory_bytes)}; the closed form lists tensors alone"
-    bands = bands_of(made.gpu)
+    near, other = bands()["near"], bands()["other"]
     yield f"kept         {path}"
     yield (
-        f"narrows      plans for the {made.gpu}: to +-{bands['same']:.0%} with these settings, +-{bands['near']:.0%} "
-        f"for {setup.model_type} with every size within {NEAR:g} times, +-{bands['other']:.0%} within {FAR:g} times"
+        f"narrows      plans for the {made.gpu}: to +-{bands()['same']:.0%} with these settings, +-{near:.0%} "
+        f"for {setup.model_type} with every size within {NEAR:g} times, +-{other:.0%} within {FAR:g} times"
     )

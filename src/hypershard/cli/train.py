@@ -27,6 +27,7 @@ from ..models.family import family_of
 from ..models.files import available_models, model_file
 
 if TYPE_CHECKING:
+    from ..distributed.process_group import World
     from ..train.restore import Start
 
 _CONFIG_SECONDS = 60.0  # to fetch a run file from a bucket
@@ -148,63 +149,67 @@ def _train(config: Config, ranks: Ranks, model_name: str) -> int:
 def _train_rank(config: Config, ranks: Ranks, model_name: str) -> int:
     from ..distributed.collectives import from_main
     from ..distributed.process_group import leave, make_deterministic, set_cpu_threads, start
-    from ..train.loop import Schedule
-    from ..train.loop import run as train
-    from ..train.run_dir import (
-        belongings,
-        choose_run_dir,
-        event_writer,
-        is_only_read,
-        keep,
-        refuse_second_start,
-        sinks_opener,
-        write_description,
-    )
-    from ..train.setup import build_job, device_name
-    from .train_plan import Actual, foresee_in
+    from ..train.run_dir import choose_run_dir, event_writer, refuse_second_start, write_description
+    from ..train.setup import device_name
 
     set_cpu_threads(ranks)
     if config.parallel.deterministic:
         make_deterministic()
     world = start(ranks)
     run_dir = from_main(choose_run_dir(config.report, model_name=model_name))
-    checkpoint_dir = _checkpoint_dir(config, run_dir)
     start_from = _start_of(config)
     if not start_from.resume and not config.train.eval_only:
-        refuse_second_start(run_dir, checkpoint_dir)
+        refuse_second_start(run_dir, _checkpoint_dir(config, run_dir))
     event = event_writer(run_dir, is_main=ranks.is_main)
     if ranks.is_main:
         write_description(run_dir, config, ranks, device_name=device_name(world.device))
         logger.info(f"run directory {run_dir}")
     try:
-        around, foresee = read_surroundings(ranks), foresee_in(run_dir, config, world)
-        job = build_job(
-            config, world, checkpoint_dir=checkpoint_dir, surroundings=around, alarm=_alarm(event), foresee=foresee
-        )
-        job.checkpoints.belongings = files = belongings(config, job.tokenizer_path)
-        if ranks.is_main and not is_only_read(run_dir, config):
-            keep(run_dir, files)
-        outcome = train(
-            job,
-            start_from,
-            Schedule(
-                logging=config.train.logging_freq,
-                validation=config.train.validation_freq,
-                save_minutes=config.checkpoint.checkpoint_minutes,
-            ),
-            eval_only=config.train.eval_only,
-            open_sinks=sinks_opener(run_dir, config, is_main=ranks.is_main, more=[Actual(run_dir)]),
-            event=event,
-        )
+        _build_and_train(config, world, run_dir=run_dir, start_from=start_from, event=event)
     except Exception as error:  # whatever it is, the run's record names it
         with contextlib.suppress(StorageError):  # a full disk must not hide what went wrong first
             event("failed", error=f"{type(error).__name__}: {error}")
         raise
+    leave()
+    return 0
+
+
+def _build_and_train(
+    config: Config, world: World, *, run_dir: Path, start_from: Start, event: Callable[..., None]
+) -> None:
+    from ..train.loop import Schedule
+    from ..train.loop import run as train
+    from ..train.run_dir import belongings, is_only_read, keep, sinks_opener
+    from ..train.setup import build_job
+    from .train_plan import RunPlan
+
+    is_main, plan = world.ranks.is_main, RunPlan(run_dir, config, world)
+    job = build_job(
+        config,
+        world,
+        checkpoint_dir=_checkpoint_dir(config, run_dir),
+        surroundings=read_surroundings(world.ranks),
+        alarm=_alarm(event),
+        foresee=plan.foresee,
+    )
+    job.checkpoints.belongings = files = belongings(config, job.tokenizer_path)
+    if is_main and not is_only_read(run_dir, config):
+        keep(run_dir, files)
+    outcome = train(
+        job,
+        start_from,
+        Schedule(
+            logging=config.train.logging_freq,
+            validation=config.train.validation_freq,
+            save_minutes=config.checkpoint.checkpoint_minutes,
+        ),
+        eval_only=config.train.eval_only,
+        open_sinks=sinks_opener(run_dir, config, is_main=is_main, more=[plan]),
+        event=event,
+    )
     job.data.loader.close()
     loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
     logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
-    leave()
-    return 0
 
 
 def _checkpoint_dir(config: Config, run_dir: Path) -> Path:
