@@ -1,8 +1,16 @@
-"""The README's worked examples: each command runs, and prints the lines that are shown of it."""
+"""The README's worked examples: each command runs, and prints the lines that are shown of it.
 
+`python -m tests.plan.test_worked_examples` puts the lines that are printed now in the place of those most like them.
+"""
+
+import contextlib
+import difflib
+import io
+import os
 import re
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,3 +59,34 @@ def test_the_commands_print_what_is_shown(
         assert code in (0, 1), complaint  # 1: of --check, something does not hold
         missing = [line for line in shown if line not in printed.splitlines()]
         assert not missing, f"{command}\ndoes not print\n{chr(10).join(missing)}\nbut\n{printed}"
+
+
+def rewrite() -> None:
+    """Run every command and write the README anew, line for line."""
+    text = README.read_text()
+    for block in re.findall(r"^```console\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        renewed = block
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, *lines = part.replace("\\\n", "").splitlines()
+            printed = _printed(command)
+            for line in lines:
+                alike = [one for one in printed if one[:12].strip() == line[:12].strip()] or printed
+                if line not in ("", LEFT_OUT, *printed) and (near := difflib.get_close_matches(line, alike, 1, 0.3)):
+                    renewed = renewed.replace(f"\n{line}\n", f"\n{near[0]}\n", 1)
+        text = text.replace(block, renewed)
+    README.write_text(text)
+
+
+def _printed(command: str) -> list[str]:
+    if not command.startswith("hypershard "):
+        subprocess.run(["bash", "-ec", command], check=True)
+        return []
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(shlex.split(command)[1:])
+    return out.getvalue().splitlines()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        os.environ["XDG_CONFIG_HOME"] = folder
+        rewrite()
