@@ -74,8 +74,8 @@ class RunPlan(Sink):
             self._calibrate()
 
     def close(self) -> None:
-        """Nothing is written by a run that did no step here, or one that is not at its end."""
-        if self._last and self._step == self._last["last_step"]:
+        """Write actual.json, also of a run that was stopped and may go on; nothing where no step was done."""
+        if self._last:
             write_json(self._run_dir / ACTUAL, self._compared(read_json(self._run_dir / PLAN)))
 
     def _calibrate(self) -> None:
@@ -101,10 +101,12 @@ class RunPlan(Sink):
         seconds = statistics.median(self._step_seconds[FIRST_STEPS:] or self._step_seconds)
         time, on_cpu = planned["time"], planned["job"]["gpu"] == CPU
         return {
+            "is_complete": self._step == last["last_step"],
             "steps": self._step,
             "tokens": last["tokens"],
             "hours": {
                 "planned": planned["hours"],
+                "estimated": last.get("optimization/estimated_hours"),  # once a guess was replaced by what was measured
                 "actual": last["training/elapsed_hours"],
                 "time_accuracy": last.get("optimization/time_accuracy"),
             },

@@ -82,17 +82,17 @@ class Pace:
         self._last.append(step_seconds)
         is_measured = self._num_steps == FIRST_STEPS + MEASURED_STEPS
         if is_measured and self._expected_seconds is None:
-            self._expected_seconds = self.step_seconds
+            self._expected_seconds = self.step_seconds()
         return is_measured
 
-    @property
-    def step_seconds(self) -> float | None:
-        """Of one step at the present pace; None before the first."""
-        return statistics.median(self._last) if self._last else None
+    def step_seconds(self) -> float:
+        """Of one step at the present pace. At least one step must have been counted."""
+        return statistics.median(self._last)
 
     def on_track(self, *, elapsed_seconds: float, step: int, last_step: int) -> OnTrack:
         """Where the run stands after `step` of `last_step`; `elapsed_seconds` are over all its restarts."""
-        elapsed_hours, pace, expected = elapsed_seconds / 3600, self.step_seconds, self._expected_seconds
+        elapsed_hours, expected = elapsed_seconds / 3600, self._expected_seconds
+        pace = self.step_seconds() if self._last else None
         estimated = None if expected is None else last_step * expected / 3600
         ended = step >= last_step
         if ended:

@@ -14,7 +14,7 @@ from . import guard
 from .evaluate import evaluate
 from .records import Stopwatch, ledger_cursors, step_record
 from .rehearse import rehearse
-from .replan import lay_course
+from .replan import first_course, lay_course
 from .restore import Start, restore
 from .setup import Job
 from .state import Progress, advance
@@ -57,7 +57,7 @@ def run(
             sink.write(progress.step, {"validation_loss": loss, "tokens": progress.tokens})
         return loss
 
-    progress = lay_course(job, restore(job, start), step_seconds=None)
+    progress = restore(job, start)
     sinks, pace = open_sinks(progress.step, job.last_step(progress)), Pace(job.forecast)
     event("started", step=progress.step, world_size=job.world.size, **job.data_position(progress))
     if eval_only:
@@ -65,6 +65,7 @@ def run(
         close(sinks)
         return outcome
     rehearse(job)
+    progress = first_course(job, progress)
     saves = job.checkpoints.saves
     job.checkpoints.begin(progress.step, job.tensors(), job.facts(progress))
     asked: str | None = None
@@ -73,8 +74,7 @@ def run(
     with StopSignals(wish) as signals:
 
         def wanted() -> str | None:
-            reserve_seconds = job.checkpoints.reserve_seconds
-            return signals.received or job.limits.time_over(progress, now=time.time(), reserve_seconds=reserve_seconds)
+            return signals.received or job.limits.time_over(progress, time.time(), job.checkpoints.reserve_seconds)
 
         def flags() -> list[float]:
             save = job.world.ranks.is_main and wish.is_wanted(time.monotonic())
@@ -85,7 +85,7 @@ def run(
             progress = advance(progress, report, seconds=stopwatch.lap())
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
             if pace.add(report.seconds):
-                progress = lay_course(job, progress, step_seconds=pace.step_seconds)
+                progress = lay_course(job, progress, step_seconds=pace.step_seconds())
             last_step = job.last_step(progress)
             stop_asked, save_asked, *busy = report.flags
             if stop_asked:

@@ -7,24 +7,35 @@ import dataclasses
 from ..distributed.collectives import from_main
 from ..log import logger
 from ..optim.replan import replanned, reserve_hours
+from .rehearse import measured_step_seconds
 from .setup import Job
 from .state import Course, Progress
 
 _SMALLEST_CHANGE = 0.02  # of the steps still to come; less is the noise of measuring
 
 
-def lay_course(job: Job, progress: Progress, *, step_seconds: float | None) -> Progress:
-    """`progress` with a course that ends within --max_hours and its reserve; collective, alike on all ranks.
+def first_course(job: Job, progress: Progress) -> Progress:
+    """`progress` with a course for --max_hours, before the first step of a process; collective.
 
-    `step_seconds`: as measured, None before any step: then the plan's, if it has one. Without --max_hours the schedule
-    is the configured one.
+    By the plan's seconds of a step, where it has none by one micro-step's; a run that goes on keeps its course. Without
+    --max_hours the schedule is the configured one.
+    """
+    if job.limits.max_seconds is None:
+        return dataclasses.replace(progress, course=None)
+    if progress.course is not None:
+        return progress
+    return lay_course(job, progress, step_seconds=job.forecast.step_seconds or measured_step_seconds(job))
+
+
+def lay_course(job: Job, progress: Progress, *, step_seconds: float) -> Progress:
+    """`progress` with a course that ends within --max_hours and its reserve, if there is such a window; collective.
+
+    What rank 0 says of `step_seconds` counts, and its clock.
     """
     limits = job.limits
     if limits.max_seconds is None:
-        return dataclasses.replace(progress, course=None)
-    step_seconds = from_main(step_seconds or job.forecast.step_seconds)
-    if step_seconds is None:
         return progress
+    step_seconds = from_main(step_seconds)
     course = progress.course
     last_step = job.last_step(progress)
     optim = job.optim

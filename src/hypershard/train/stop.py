@@ -26,7 +26,7 @@ class Limits:
     max_seconds: float | None
     ends_at: float | None = None
 
-    def time_over(self, progress: Progress, *, now: float, reserve_seconds: float) -> str | None:
+    def time_over(self, progress: Progress, now: float, reserve_seconds: float) -> str | None:
         """ "hours" or "time limit" when no more than `reserve_seconds` of the run's or the job's time are left."""
         if self.max_seconds is not None and progress.seconds >= self.max_seconds - reserve_seconds:
             return "hours"
