@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import statistics
@@ -21,8 +22,9 @@ import numpy as np
 from results_file import save
 
 from hypershard.plan import steps
+from hypershard.plan.calibration import calibrate, installed_software
 from hypershard.plan.job import Job
-from plan import COMMON, CPU_SHAPES, Case, here, planned
+from plan import COMMON, CPU_SHAPES, Case, Run, here, pairs, planned, show_pairs
 
 NUM_STEPS, SKIPPED_STEPS = 10, 3
 GROUPS = {"products": ("products", "attention"), "memory": ("memory", "logits")}
@@ -84,6 +86,23 @@ def error(row: dict[str, Any], factors: list[float]) -> float:
     return seconds / row["cpu_seconds"] - 1
 
 
+def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every model predicted by a calibration on every other one, with the factors that are kept."""
+    jobs = {row["model"]: on_one_core(Case(row["model"], {**COMMON, **SHAPES[row["model"]]}, 1)) for row in rows}
+    runs = {}
+    for row in rows:
+        found = calibrate(
+            jobs[row["model"]],
+            run=row["model"],
+            step_seconds=[row["cpu_seconds"]] * NUM_STEPS * 2,
+            memory_bytes=None,
+            software=installed_software(),
+            today=datetime.date.today(),
+        )
+        runs[row["model"]] = Run(found, 0.0)
+    return pairs(jobs, [runs, runs])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of the JSON file; default: benchmarks/results")
@@ -108,6 +127,7 @@ def main() -> None:
     factors = dict(zip(GROUPS, fit(rows), strict=True))
     mean, worst = statistics.fmean(map(abs, left_out)), max(map(abs, left_out))
     print(f"factors {factors}; leaving one model out: mean {mean:.1%}, worst {worst:.1%}")
+    show_pairs(paired(rows))
     numbers = {"rows": rows, "factors": factors, "left_out_errors": left_out}
     print(f"written to {save('cpu_factors', numbers, directory=arguments.output)}")
 

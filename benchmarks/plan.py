@@ -241,10 +241,7 @@ def show(times: list[dict[str, Any]], paired: list[dict[str, Any]], memory: list
     for key, about in (("closed_form", "(a)"), ("calibrated", "(b)"), ("same", "(c)")):
         errors = [abs(row[f"{key}_seconds"] / row["step_seconds"] - 1) for row in times]
         print(f"  {about} mean {statistics.fmean(errors):.1%}, worst {max(errors):.1%}")
-    for band in sorted({round(pair["band"], 2) for pair in paired}):
-        errors = [abs(pair["error"]) for pair in paired if round(pair["band"], 2) == band]
-        inside = sum(error <= band for error in errors) / len(errors)
-        print(f"  pairs with band +-{band:.0%}: {len(errors)}, {inside:.0%} inside, worst {max(errors):.1%}")
+    show_pairs(paired)
     print(f"{'run':<16}{'memory measured':>18}{'predicted':>14}{'error':>9}")
     for row in memory:
         error = row["predicted_bytes"] / row["measured_bytes"] - 1
@@ -252,6 +249,13 @@ def show(times: list[dict[str, Any]], paired: list[dict[str, Any]], memory: list
             f"{row['run']:<16}{row['measured_bytes'] / 2**20:>14,.0f} MiB{row['predicted_bytes'] / 2**20:>10,.0f} MiB"
             f"{error:>+9.1%}"
         )
+
+
+def show_pairs(paired: list[dict[str, Any]]) -> None:
+    for band in sorted({round(pair["band"], 2) for pair in paired}):
+        errors = [abs(pair["error"]) for pair in paired if round(pair["band"], 2) == band]
+        inside = sum(error <= band for error in errors) / len(errors)
+        print(f"  pairs with band +-{band:.0%}: {len(errors)}, {inside:.0%} inside, worst {max(errors):.1%}")
 
 
 def main() -> None:

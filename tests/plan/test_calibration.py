@@ -108,6 +108,9 @@ def test_the_nearest_run_is_taken_and_the_band_grows_with_the_distance() -> None
     tiny = measured_at(50.0, job("tiny_llama"), run="tiny")  # its kernels take less time than their launching
     assert nearest(of, [tiny], software=SOFTWARE) is None
     assert match(job("tiny_llama", train_batch_size=4), tiny).calibration == tiny
+    other_peak = measured_at(1.1, job("llama3_8b", train_batch_size=2, peak_tflops_per_gpu=300.0))
+    assert nearest(of, [other_peak], software=SOFTWARE) is None
+    assert match(job("llama3_8b", gradient_accumulation_steps=64), same).band == 0.12
     step = calibrated(step_time(of), of, [near], software=SOFTWARE)
     assert step.seconds == pytest.approx(1.2 * step_time(of).seconds)
     assert any("as run near took" in text for text in step.assumptions)

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..units import format_count
 from .bytes import gpu_moments, reserved_bytes
+from .here import CPU
 from .job import Job, sizes_of
 from .steps import StepTime, coefficients, peak_flops, step_time
 
@@ -207,7 +208,7 @@ def nearest(job: Job, calibrations: Sequence[Calibration], *, software: str) -> 
         return None
     newest_first = sorted(candidates, key=lambda one: one.date, reverse=True)
     best = min(newest_first, key=lambda one: (_class(one, setup, software), _distance(one.setup, setup)))
-    band = bands_of(best.gpu)[_CLASSES[_class(best, setup, software)]]
+    band = bands()[_CLASSES[_class(best, setup, software)]]
     return Match(best, max(band, best.iqr_seconds / best.step_seconds / 2), best.setup == setup)
 
 
@@ -241,27 +242,21 @@ def calibrated(step: StepTime, job: Job, calibrations: Sequence[Calibration], *,
     )
 
 
-def bands_of(gpu: str) -> dict[str, float]:
+def bands() -> Mapping[str, float]:
     """Bands of plans by a calibration: of the `same` settings, of `near` and `other` ones; relative, either way."""
-    content = coefficients()
-    entries = [one for one in content["fitted"].values() if gpu in one["gpus"]]
-    bands: dict[str, float] = next(
-        (one["calibrated_bands"] for one in entries if "calibrated_bands" in one), content["calibrated_bands"]
-    )
-    return bands
+    found: dict[str, float] = coefficients()["calibrated_bands"]
+    return found
 
 
 _CLASSES = ("same", "near", "other")
-_SIZES = ("active_parameters", "hidden_width", "num_layers", "context_tokens", "num_gpus")
+_SIZES = ("active_parameters", "hidden_width", "num_layers", "context_tokens", "train_batch_size", "num_gpus")
 _KINDS = ("model_type", "attention", "compile", "bf16", "deterministic", "offload_activations", "cpu_offload")
-_TRADES = ("sharding_strategy", "activation_checkpointing")  # whose work the closed form counts well
+_TRADES = ("sharding_strategy", "activation_checkpointing", "accumulation")  # whose work the closed form counts well
 
 
 def _ratios(one: Setup, other: Setup) -> list[float]:
-    """By how many times each size differs, the larger over the smaller; a micro-batch by its tokens."""
+    """By how many times each size differs, the larger over the smaller."""
     pairs = [(getattr(one, name), getattr(other, name)) for name in _SIZES]
-    pairs.append((one.train_batch_size, other.train_batch_size))
-    pairs.append((one.accumulation, other.accumulation))
     return [max(pair) / min(pair) for pair in pairs]
 
 
@@ -270,7 +265,10 @@ def _is_near(one: Setup, other: Setup) -> bool:
 
 
 def _counts(one: Calibration, setup: Setup) -> bool:
-    return one.closed_form == closed_form_state() and max(_ratios(one.setup, setup)) <= FAR
+    """Whether its factor says something of `setup`: against the same closed form, which starts from the same peak (a
+    CPU's is that of the rank's cores), and of sizes not too far."""
+    same_peak = one.gpu == CPU or one.setup.peak_tflops == setup.peak_tflops
+    return same_peak and one.closed_form == closed_form_state() and max(_ratios(one.setup, setup)) <= FAR
 
 
 def _class(one: Calibration, setup: Setup, software: str) -> int:

@@ -10,10 +10,10 @@ from ..catalog.gpus import Gpu, gpu_by_device_name
 from ..catalog.instances import Instance, instances
 
 CPU = "CPU"
-# Of one core in float32: two fused multiply-adds of 8 numbers a cycle (AVX2) at 2.5 GHz; and of a node's memory. Round
+# In float32: two fused multiply-adds of 8 numbers a cycle (AVX2) at 2.5 GHz; and a core's part of the memory's. Round
 # guesses to start from: coefficients.json holds what a CPU was measured to make of them.
 _TFLOPS_PER_CORE = 0.08
-_TB_PER_SECOND = 0.02
+_TB_PER_SECOND_PER_CORE = 0.01
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container, cgroup 2 and 1
 
 
@@ -48,14 +48,15 @@ def this_machine(*, instance_type: str, gpu_name: str | None, gpu_memory_mib: in
 
 
 def _cpu(num_ranks: int) -> Gpu:
+    cores = len(os.sched_getaffinity(0)) / num_ranks
     return Gpu(
         name=CPU,
         pattern="",
-        bf16_tflops=_TFLOPS_PER_CORE * len(os.sched_getaffinity(0)) / num_ranks,
+        bf16_tflops=_TFLOPS_PER_CORE * cores,
         fp16_tflops=None,
         fp8_tflops=None,
         memory_gib=_ram_bytes() / 2**30 / num_ranks,
-        memory_tb_per_second=_TB_PER_SECOND / num_ranks,
+        memory_tb_per_second=_TB_PER_SECOND_PER_CORE * cores,
         source="a guess",
         date="",
     )
