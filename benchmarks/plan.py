@@ -292,7 +292,7 @@ def main() -> None:
         "pairs": paired,
         "memory": memory,
     }
-    print(f"written to {save(f'plan-{datetime.date.today()}', numbers, directory=arguments.output)}")
+    print(f"written to {save('plan', numbers, directory=arguments.output)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Closed-form memory against the traced one on 40 configurations: `python benchmarks/plan_grid.py`.
 
-Needs no GPU. Answers are kept (in ~/.cache/hypershard/traced, by configuration and code), so a second run is quick. Writes
-benchmarks/results/plan-grid-<date>.json and the table src/hypershard/plan/GRID.md.
+Needs no GPU. Answers are kept (in ~/.cache/hypershard/traced, by configuration and code), so a second run is quick.
+Writes benchmarks/results/plan_grid.json and the table src/hypershard/plan/GRID.md.
 """
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import sys
 from collections.abc import Mapping
@@ -173,8 +172,7 @@ def main() -> None:
     )
     print(summary)
     PAGE.write_text(page(rows, summary))
-    date = datetime.date.today().isoformat()
-    print(save(f"plan-grid-{date}", {"summary": summary, "rows": [vars(row) | {"error": row.error} for row in rows]}))
+    print(save("plan_grid", {"summary": summary, "rows": [vars(row) | {"error": row.error} for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ LAYERS = {
     "distributed": 6,
     "data": 7, "parallel": 7, "adapters": 7, "optim": 7, "checkpoint": 7, "metrics": 7,
     "train": 8, "plan": 8, "report": 8, "launch": 8,
-    "cli": 9,
+    "dry_run": 9,
+    "cli": 10,
 }  # fmt: skip
 HEAVY = {
     "torch",
@@ -120,7 +121,10 @@ def test_below_row_six_nothing_imports_heavy_libraries_at_module_level(path: Pat
 
 
 def test_modules_files_are_imported_inside_functions_only() -> None:
+    """Or by one another."""
     for path in FILES:
+        if path.stem.endswith("_modules"):
+            continue
         for name, top in imports_of(path):
             assert not (top and name.startswith("hypershard.") and name.endswith("_modules")), path
 

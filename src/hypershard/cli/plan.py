@@ -22,11 +22,11 @@ from .plan_asked import Asked, asked
 
 _DESCRIPTION = """\
 Plan a training: memory with a verdict, time, dollars. Flags that are not listed first are flags of `hypershard train`,
-and mean what they mean there. Everything is worked out in closed form, in an instant, without a GPU or torch.
+and mean what they mean there. All is worked out in closed form, in an instant, without a GPU or torch (but --traced).
 """
 _EPILOG = """examples:
   hypershard plan --model llama3_8b --instance ml.p5.48xlarge --nodes 4 --max_steps 10000
-  hypershard plan --model llama3_8b --instance g5.12xlarge --activation_checkpointing full
+  hypershard plan --model llama3_8b --instance g5.12xlarge --activation_checkpointing full --traced
   hypershard plan --model llama3_8b --search --global_batch_tokens 4194304 --max_steps 10000 --deadline 24
   hypershard plan --model llama3_8b --instance p5 --max_hours 12 --num_samples 2198 --tokens_per_sample 900
   hypershard plan --check num_parameters=1.29e9 num_tokens=6e9 loss_nats=2.37
@@ -49,6 +49,8 @@ _OWN = (
     *plan_data.OWN,
     *plan_window.OWN,
 )
+
+_RARE = ("first block", "last backward")  # moments that seldom are the worst, shown only where they are
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -173,9 +175,9 @@ def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | C
 
 def _memory_lines(found: Memory, made: Plan, traced: Traced | CannotTrace | None) -> Iterator[str]:
     yield f"memory   of one GPU   [{LEVEL}, +-{memory.BAND:.0%}]"
-    shown = ("start", "end of forward", "backward", "end of backward", "first save", "resume")
+    shown = [one.name for one in found.moments if one.name not in _RARE or one == memory.peak(found.moments)]
     moments = {moment.name: moment for moment in found.moments}
-    names = dict.fromkeys(term.name for moment in found.moments for term in moment.terms if term.num_bytes)
+    names = dict.fromkeys(term.name for one in shown for term in moments[one].terms if term.num_bytes)
     yield f"  {'GiB':<28}" + "".join(f"{name:>17}" for name in shown)
     for name in names:
         cells = [sum(term.num_bytes for term in moments[one].terms if term.name == name) for one in shown]

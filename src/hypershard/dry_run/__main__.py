@@ -22,8 +22,8 @@ def main() -> None:
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of a GPU: reserved after all, reserved for the worst single window, and each window's most in use."""
-    from .allocator import mapped_bytes, replay
+    """Bytes of a GPU: reserved after all, in use at most, and each part's most in use by what it is for."""
+    from .allocator import replay
     from .trace import Question, events_of
 
     question = Question(
@@ -41,7 +41,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     windows = replayed.windows
     return {
         "reserved_bytes": replayed.reserved_bytes,
-        "least_bytes": max(mapped_bytes([window.extent_bytes]) for window in windows),
+        "active_bytes": max(window.in_use_bytes for window in windows),
         "moments": {window.name: window.categories for window in windows},
         "stream_bytes": {
             stream: max(window.stream_bytes.get(stream, 0) for window in windows)

@@ -10,8 +10,6 @@ played: the answer is what an allocator with room enough would have reserved.
 from __future__ import annotations
 
 import bisect
-import math
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,14 +44,12 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """The most of a named part of the training: bytes in use with their categories then, each stream's own most, and
-    how far each pool must reach to hold what lies in it ("STREAM/large": bytes)."""
+    """The most of a named part of a step: bytes in use, with their categories then, and each stream's own most."""
 
     name: str
     in_use_bytes: int
     categories: dict[str, int]
     stream_bytes: dict[str, int]
-    extent_bytes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,6 @@ class Pool:
         self._size_at: dict[int, int] = {}  # free blocks by where they begin
         self._start_of: dict[int, int] = {}  # and by where they end
         self._lengths: dict[int, int] = {}  # blocks in use
-
-    @property
-    def extent_bytes(self) -> int:
-        """As far as blocks in use reach; of an expandable pool, what must be mapped to hold them."""
-        return self._start_of.get(self._end, self._end)
 
     def allocate(self, num_bytes: int) -> int:
         """The address of a block of `num_bytes`, a multiple of 512."""
@@ -122,7 +113,7 @@ class Pool:
         """Reserve more, and the free block that holds `num_bytes` now."""
         if self._expandable:
             page = _SMALL_SEGMENT if self._is_small else _LARGE_SEGMENT
-            start = self.extent_bytes
+            start = self._start_of.get(self._end, self._end)  # behind the last block in use
             left = self._end - start
             more = _up_to(num_bytes - left, page)
             if left:
@@ -157,20 +148,17 @@ class _Peaks:
     def __init__(self) -> None:
         self._in_use, self._categories = -1, Counter[str]()
         self._streams: dict[str, int] = defaultdict(int)
-        self._extents: dict[str, int] = defaultdict(int)
 
-    def see(self, streams: Mapping[str, int], categories: Counter[str], extents: Mapping[str, int]) -> None:
-        """What is in use now; of `streams` and `extents` only what may have grown."""
+    def see(self, streams: Mapping[str, int], categories: Counter[str]) -> None:
+        """What is in use now; of `streams` only what may have grown."""
         total = categories.total()
         if total > self._in_use:
             self._in_use, self._categories = total, Counter(categories)
         for name, num_bytes in streams.items():
             self._streams[name] = max(self._streams[name], num_bytes)
-        for name, num_bytes in extents.items():
-            self._extents[name] = max(self._extents[name], num_bytes)
 
     def window(self, name: str) -> Window:
-        return Window(name, self._in_use, dict(+self._categories), dict(self._streams), dict(self._extents))
+        return Window(name, self._in_use, dict(+self._categories), dict(self._streams))
 
 
 def replay(events: Iterable[Event], *, expandable: bool) -> Replay:
@@ -183,7 +171,7 @@ def replay(events: Iterable[Event], *, expandable: bool) -> Replay:
     for event in events:
         if event.window != window:
             window = event.window
-            peaks.setdefault(window, _Peaks()).see(streams, categories, {n: p.extent_bytes for n, p in pools.items()})
+            peaks.setdefault(window, _Peaks()).see(streams, categories)
         if event.is_new:
             size = rounded(event.num_bytes)
             is_small = size <= _SMALL_UP_TO
@@ -192,7 +180,7 @@ def replay(events: Iterable[Event], *, expandable: bool) -> Replay:
             addresses[event.block] = name, pool.allocate(size), size
             streams[event.stream] += size
             categories[event.category] += size
-            peaks[window].see({event.stream: streams[event.stream]}, categories, {name: pool.extent_bytes})
+            peaks[window].see({event.stream: streams[event.stream]}, categories)
         else:
             name, start, size = addresses.pop(event.block)
             pools[name].free(start)
@@ -200,18 +188,6 @@ def replay(events: Iterable[Event], *, expandable: bool) -> Replay:
             categories[event.category] -= size
     reserved = sum(pool.reserved_bytes for pool in pools.values())
     return Replay(reserved_bytes=reserved, windows=tuple(peak.window(name) for name, peak in peaks.items()))
-
-
-def mapped_bytes(extents: Iterable[Mapping[str, float]]) -> float:
-    """What expandable segments reserve for pools that reach as far as `extents` say, each of a window."""
-    reach: dict[str, float] = {}
-    for extent in extents:
-        for name, num_bytes in extent.items():
-            reach[name] = max(reach.get(name, 0), num_bytes)
-    return sum(
-        _up_to(math.ceil(num_bytes), _SMALL_SEGMENT if name.endswith("/small") else _LARGE_SEGMENT)
-        for name, num_bytes in reach.items()
-    )
 
 
 def _segment_bytes(num_bytes: int) -> int:

@@ -28,7 +28,7 @@ def as_on_a_gpu(*, packs_documents: bool) -> Iterator[None]:
     """Inside, attention goes the way it goes on CUDA. `packs_documents`: rows hold several, which takes a mask where
     attention is dense; whether they do is read from the positions in a training, and fake ones cannot be read."""
     masking = importlib.import_module("transformers.masking_utils")
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(F, "scaled_dot_product_attention", scaled_dot_product_attention),
         mock.patch.object(attention_modules, "_one_by_one", attention_modules._by_kernel),
     ]
@@ -40,7 +40,7 @@ def as_on_a_gpu(*, packs_documents: bool) -> Iterator[None]:
         yield
 
 
-def scaled_dot_product_attention(
+def scaled_dot_product_attention(  # noqa: PLR0917 - as torch has it
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -79,7 +79,7 @@ def workspaces() -> Workspaces:
 
 
 def _flash_backward_bytes(grad: Any, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
-    """[B, heads, T, D]: flash_api.cpp's dq_accum and softmax_d in float32; keys' and values' gradients per query head."""
+    """[B, heads, T, D]: flash_api.cpp's dq_accum and softmax_d in float32, and keys' gradients once per query head."""
     batch, heads, tokens, width = query.shape
     rows = -(-tokens // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return _backward_bytes(query, batch * rows, heads, width, shares_heads=key.shape[1] != heads)

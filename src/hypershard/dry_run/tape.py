@@ -1,4 +1,4 @@
-"""What a training allocates and frees, in order, on which stream and for what: recorded while it runs on fake tensors."""
+"""What a training allocates and frees, in order, on which stream and for what: recorded while it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from .allocator import NO_LAYER, Event
 
-# An operation's workspace in bytes, from its arguments: what a GPU's kernel allocates inside, that its meta does not show.
+# An operation's workspace in bytes, from its arguments: what a GPU's kernel allocates inside, where nobody sees it.
 Workspaces = Mapping[Any, Callable[..., int]]
 COMPUTE = "compute"
 

@@ -42,7 +42,7 @@ Build = Callable[..., tuple[nn.Module, ShardedModule]]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is traced: a configuration with its model completed, on so many GPUs, with the attention a GPU would take."""
+    """A configuration with its model completed, on so many GPUs, with the attention that a GPU would take."""
 
     config: Config
     num_gpus: int
@@ -199,7 +199,7 @@ def _owners(
     for name, parameter in parameters.items():
         found = _LAYER.search(name)
         if found:
-            tensors = [parameter, *optimizer.state[parameter].values()]
+            tensors = [parameter, *optimizer.state.get(parameter, {}).values()]
             local = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
             owners.update({tape.block_of(one): units[int(found.group(1))] for one in local})
     return owners

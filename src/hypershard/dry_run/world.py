@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPCommContext, FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -48,15 +48,14 @@ def recording(tape: Tape, *, keeps_weights_on_host: bool) -> Iterator[None]:
         stack.enter_context(tape.following_resizes())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tape)
-        stack.enter_context(_Moves(tape))
         yield
 
 
 def _patches(tape: Tape, *, keeps_weights_on_host: bool) -> list[Any]:
-    def told(category: str) -> Callable[..., Any]:
+    def told(category: str, *, on_host: bool = False) -> Callable[..., Any]:
         def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                with tape.within(category), tape.on_host(category == "weights" and keeps_weights_on_host):
+                with tape.within(category), tape.on_host(on_host):
                     return method(*args, **kwargs)
 
             return call
@@ -83,35 +82,31 @@ def _patches(tape: Tape, *, keeps_weights_on_host: bool) -> list[Any]:
         (FSDPParamGroup, "unshard", told("gathered weights")),
         (FSDPParamGroup, "wait_for_unshard", told("gathered weights")),
         (FSDPParamGroup, "post_backward", told("gradients")),
-        (FSDPParam, "reset_sharded_param", told("weights")),  # pads rows that do not divide evenly
+        # It pads rows that do not divide evenly.
+        (FSDPParam, "reset_sharded_param", told("weights", on_host=keeps_weights_on_host)),
         (FSDPCommContext, "lazy_init", name_streams),
         (setup, "build_mesh", for_real),  # a mesh reads its own numbers
         # It works out the shapes of whole tensors, which nobody allocates.
         (ShardingPropagator, "_propagate_tensor_meta_non_cached", for_real),
-        (offload, "_to_host", told(_OFFLOADED)),
+        (offload, "_to_host", told("activations", on_host=True)),
+        (torch.Tensor, "to", _copying(tape)),
     )
     return [mock.patch.object(owner, name, wrap(getattr(owner, name))) for owner, name, wrap in wrapped]
 
 
-_OFFLOADED = "offloaded"
+def _copying(tape: Tape) -> Callable[..., Any]:
+    """`Tensor.to` between host and GPU. Here both are the CPU, and it would give back the tensor itself."""
 
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], torch.device) and not isinstance(tensor, DTensor):
+                if tape.holds_on_host(tensor):
+                    return tensor.clone()
+                if tape.category == "gradients":  # reduced, and on their way to where the optimizer is
+                    with tape.on_host():
+                        return tensor.clone()
+            return method(tensor, *args, **kwargs)
 
-class _Moves(TorchFunctionMode):
-    """Copies between host and GPU. Here both are the CPU, where `to` would give back the tensor itself."""
+        return to
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self._tape = tape
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
-            if self._tape.holds_on_host(args[0]):
-                return args[0].clone()
-            if self._tape.category == "gradients":  # reduced, and on their way to where the optimizer is
-                with self._tape.on_host():
-                    return args[0].clone()
-        if func is torch.empty_like and self._tape.category == _OFFLOADED:
-            with self._tape.on_host():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    return wrap

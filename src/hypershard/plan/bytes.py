@@ -7,6 +7,7 @@ reserves is the sum of each pool's own peak, which is more than the most that is
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ..config.schema import ModelConfig
@@ -51,10 +52,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Moment:
-    """What lies in a GPU's memory at one moment of a training."""
+    """What lies in a GPU's memory at one moment of a training.
+
+    `hole_bytes` lie free in the compute pool, in pieces that are too small for this moment's largest buffer.
+    """
 
     name: str
     terms: tuple[Term, ...]
+    hole_bytes: float = 0.0
 
     @property
     def num_bytes(self) -> float:
@@ -64,6 +69,8 @@ class Moment:
     def reserved_in(self, pool: str) -> float:
         """What the allocator reserves in one pool for this moment."""
         terms = [term for term in self.terms if term.pool == pool]
+        if self.hole_bytes and pool == "compute":
+            return self.hole_bytes + sum(term.num_bytes for term in terms)
         return sum(term.num_bytes * (1.0 if term.lasts else FRAGMENTATION) for term in terms)
 
 
@@ -113,7 +120,7 @@ def saved_by_token(job: Job) -> Saved:
     108,680 bytes). Selective checkpointing's own results wait in a table of its own and are not offloaded.
     """
     model, size = job.model, job.number_bytes
-    whole = _whole(model, size, is_compiled=job.parallel.compile)
+    whole = _whole(model, size, is_compiled=job.parallel.compile) + _dense_attention(job)
     block_input = float(size * model.hidden_width)
     kind = job.parallel.activation_checkpointing
     if kind == "none":
@@ -123,6 +130,15 @@ def saved_by_token(job: Job) -> Saved:
     else:
         kept, movable = min(whole, block_input + _kept_by_selective(model, size)), block_input
     return Saved(whole=whole, kept=kept, on_host=movable if job.parallel.offload_activations else 0.0)
+
+
+def _dense_attention(job: Job) -> float:
+    """What attention with a mask keeps besides, per token and block: keys and values once per query head, since its
+    kernel shares none, and the mask as numbers to add, which each block makes anew."""
+    if job.attention_path != "dense" or not job.data.document_mask or not job.has_gpus:
+        return 0.0
+    _, queries, keys, _ = _widths(job.model)
+    return job.number_bytes * (2.0 * (queries - keys) + job.model.max_context_width)
 
 
 def _widths(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -183,30 +199,46 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
     tokens = job.micro_tokens
     saved = saved_by_token(job)
     layers = job.model.num_layers
-    activations = [
-        Term("activations", (saved.kept - saved.on_host) * tokens * layers),
-        Term("final norm and its gradient", (4 + 3 * job.number_bytes) * job.model.hidden_width * tokens),
-        *_mask(job),
-    ]
-    gathered, buffers = _gathered(job, sizes), _gather_buffers(job, sizes)
-    carried = _carried_gradients(job, sizes)
-    head = job.number_bytes * (job.model.vocab_size or 0) * job.model.hidden_width
+    kept = (saved.kept - saved.on_host) * tokens  # by one block
+    activations = Term("activations", kept * layers)
+    norm = Term("final norm and its gradient", (4 + 3 * job.number_bytes) * job.model.hidden_width * tokens)
+    mask = _mask(job)
+    gathered, carried = _gathered(job, sizes), _carried_gradients(job, sizes)
+    fetched = _gather_buffers(job, sizes.block / job.shard_degree + sizes.block)
+    head = Term("the head's gradient", job.number_bytes * (job.model.vocab_size or 0) * job.model.hidden_width)
     return (
         Moment("start", static),
-        Moment("end of forward", (*static, *gathered, *buffers, *activations, logits(job), *carried)),
+        Moment("first block", (*static, *_first_gathered(job, sizes), *mask, *carried)),
+        Moment("end of forward", (*static, *gathered, *fetched, activations, norm, *mask, logits(job), *carried)),
         Moment(
             "backward",
             (
                 *static,
                 *gathered,
-                *buffers,
-                *activations,
-                *_one_block(job, sizes, saved),
-                Term("the head's gradient", head),
+                *fetched,
+                activations,
+                *mask,
+                *_one_block(job, sizes, saved, given_back=kept),
+                head,
                 *carried,
             ),
         ),
-        Moment("end of backward", (*static, *buffers, *_root_reduced(job, sizes), *_gradients(job, sizes))),
+        Moment(
+            "last backward",
+            (
+                *static,
+                _running(job, sizes),
+                *mask,
+                *_one_block(job, sizes, saved, given_back=0.0),
+                head,
+                *_gradients(job, sizes),
+            ),
+        ),
+        Moment(
+            "end of backward",
+            (*static, *_root_reduced(job, sizes), *_gradients(job, sizes)),
+            _hole(job, sizes, freed=activations.num_bytes + norm.num_bytes + logits(job).num_bytes),
+        ),
         # Saves copy shards straight into host memory, and restores fill the tensors that are there.
         Moment("first save", static),
         Moment("resume", static),
@@ -234,15 +266,28 @@ def _keeps_gathered(job: Job) -> bool:
 
 
 def _gathered(job: Job, sizes: Sizes) -> list[Term]:
-    """Whole weights in the compute type: the root's, and all blocks' or those of two blocks."""
-    blocks = sizes.total - sizes.root if _keeps_gathered(job) else 2 * sizes.block
-    return [Term("gathered weights", job.number_bytes * (sizes.root + min(blocks, sizes.total - sizes.root)))]
+    """Whole weights in the compute type: the root's, and all blocks' or those of the block that runs."""
+    blocks = sizes.total - sizes.root if _keeps_gathered(job) else sizes.block
+    return [Term("gathered weights", job.number_bytes * (sizes.root + blocks))]
 
 
-def _gather_buffers(job: Job, sizes: Sizes) -> list[Term]:
-    """What all-gathers write to before it is copied out: the root's buffer is alive when a block's is asked for."""
+def _first_gathered(job: Job, sizes: Sizes) -> list[Term]:
+    """When the first block runs: the root's buffer is still alive when the block's is asked for. So are later those of
+    two blocks, which are more where blocks are larger than the root."""
     block = sizes.block * (1 + 1 / job.shard_degree)
-    return [Term("all-gather buffers", job.number_bytes * (sizes.root + block), "gather")]
+    return [_running(job, sizes), *_gather_buffers(job, max(sizes.root, block) + block)]
+
+
+def _running(job: Job, sizes: Sizes) -> Term:
+    """The weights of one block and of the root: the first block's in forward, and again when backward comes to it."""
+    return Term("gathered weights", job.number_bytes * (sizes.root + sizes.block))
+
+
+def _gather_buffers(job: Job, numel: float) -> list[Term]:
+    """What all-gathers write to before it is copied out; nothing is gathered where every GPU has all."""
+    if job.shard_degree == 1:
+        return []
+    return [Term("all-gather buffers", job.number_bytes * numel, "gather")]
 
 
 def _gradients(job: Job, sizes: Sizes) -> list[Term]:
@@ -251,38 +296,66 @@ def _gradients(job: Job, sizes: Sizes) -> list[Term]:
 
 
 def _carried_gradients(job: Job, sizes: Sizes) -> list[Term]:
-    """Gradients of earlier micro-steps: whole where they are reduced once a step."""
+    """What earlier micro-steps leave: whole gradients where they are reduced once a step, else shards of them."""
     if job.accumulation == 1:
         return []
     if job.parallel.sharding_strategy in ("zero1", "none"):
         return [Term("gradients", _REDUCE_BYTES * sizes.total, lasts=True)]
-    return _gradients(job, sizes)
+    # The buffer of the last reduction, the root's, lives until a block's takes its place.
+    return [*_gradients(job, sizes), Term("the root's gradients", _REDUCE_BYTES * sizes.root)]
 
 
-def _one_block(job: Job, sizes: Sizes, saved: Saved) -> list[Term]:
-    """The block whose backward runs: what is computed or fetched again, its gradients, and their way out."""
+def _one_block(job: Job, sizes: Sizes, saved: Saved, *, given_back: float) -> list[Term]:
+    """The block whose backward runs: what is computed or fetched again, and gradients on their way out.
+
+    The worst is either the last block, or one before it while the gradients of the one behind are reduced, or the end
+    of that one's own backward. `given_back`: bytes that one block had kept, which are free where it is not the last.
+    """
     hidden, _, _, inner = _widths(job.model)
-    again = saved.whole - saved.kept + saved.on_host
+    again = (saved.whole - saved.kept + saved.on_host) * job.micro_tokens
+    passing = job.number_bytes * (2 * inner + 4 * hidden) * job.micro_tokens
+    own, reduced = job.number_bytes * sizes.block, _REDUCE_BYTES * sizes.block
+    # Experts' gradients come while most of what is kept is still there; those of dense blocks while it goes.
+    early = own if job.model.num_experts else 0
+    gradients = max(0.0, reduced + early - given_back, reduced + own - given_back - again - passing)
     return [
-        Term("one block again", again * job.micro_tokens),
-        Term("one block's backward", job.number_bytes * (2 * inner + 4 * hidden) * job.micro_tokens),
-        Term("one block's gradients", (job.number_bytes + _REDUCE_BYTES) * sizes.block),
+        Term("one block again", again),
+        Term("one block's backward", passing),
+        Term("one block's gradients", gradients),
     ]
 
 
 def _root_reduced(job: Job, sizes: Sizes) -> list[Term]:
-    """The root comes last: its weights, their gradients, and the buffer these are reduced from."""
-    return [
-        Term("gathered weights", job.number_bytes * sizes.root),
-        Term("the root's gradients", (job.number_bytes + _REDUCE_BYTES) * sizes.root),
-    ]
+    """The root comes last: the gradients of its weights, and the buffer that these are reduced from.
+
+    A head that is the embedding has two gradients and their sum, before the weights are given back.
+    """
+    if job.model.tie_word_embeddings:
+        return [
+            Term("gathered weights", job.number_bytes * sizes.root),
+            Term("the root's gradients", max(3 * job.number_bytes, _REDUCE_BYTES) * sizes.root),
+        ]
+    gradients = [Term("the root's gradients", (job.number_bytes + _REDUCE_BYTES) * sizes.root)]
+    # FSDP2 divides what it would have scattered, into a copy; and what goes to the host is first reduced here.
+    if job.shard_degree == 1 or job.parallel.cpu_offload:
+        gradients.append(Term("the root's gradients", _REDUCE_BYTES * sizes.root / job.shard_degree, "reduce"))
+    return gradients
+
+
+def _hole(job: Job, sizes: Sizes, *, freed: float) -> float:
+    """What the root's reduction cannot use: its buffer is one piece, and where it is larger than what forward and the
+    loss had taken (`freed`), below the head's gradient, it goes behind that. The embedding's gradient still finds room.
+    """
+    if _keeps_gathered(job) or job.model.tie_word_embeddings or _REDUCE_BYTES * sizes.root <= freed:
+        return 0.0
+    return freed + _running(job, sizes).num_bytes - job.number_bytes * sizes.root / 2
 
 
 def _mask(job: Job) -> list[Term]:
-    """Dense attention's mask of packed documents, as booleans and in the compute type."""
+    """Dense attention's mask of packed documents, as booleans; blocks make numbers of it."""
     if job.attention_path != "dense" or not job.data.document_mask:
         return []
-    return [Term("attention mask", (1 + job.number_bytes) * job.micro_tokens * job.model.max_context_width)]
+    return [Term("attention mask", job.micro_tokens * job.model.max_context_width)]
 
 
 def peak(moments: tuple[Moment, ...]) -> Moment:
@@ -296,8 +369,9 @@ def reserved_bytes(moments: tuple[Moment, ...]) -> float:
 
 
 def gpu_fit(job: Job, moments: tuple[Moment, ...]) -> Fit:
-    """Whether the fullest GPU holds all of it."""
-    least = max(sum(moment.reserved_in(pool) for pool in _POOLS) for moment in moments)
+    """Whether the fullest GPU holds all of it; holes are given back when memory runs out."""
+    whole = [dataclasses.replace(moment, hole_bytes=0.0) for moment in moments]
+    least = max(sum(moment.reserved_in(pool) for pool in _POOLS) for moment in whole)
     outside = OUTSIDE_BYTES if job.has_gpus else _OUTSIDE_CPU_BYTES
     return Fit(
         of="a GPU's memory" if job.has_gpus else "a rank's share of the host's memory",

@@ -30,8 +30,8 @@ BAND = 0.05  # two readings of torchtitan on H100s are met to 4 % (tests/dry_run
 TIMEOUT_SECONDS = 120.0
 _DISTRIBUTIONS = ("torch", "transformers", "hypershard")
 # What decides what is allocated; a change in any of it makes kept answers worthless.
-_SOURCES = ("dry_run", "models", "parallel", "optim", "distributed/mesh.py", "data/packing.py", "config/schema.py")
-_SOURCES += tuple(f"train/{name}.py" for name in ("setup", "step", "loss", "attention"))
+_FOLDERS = ("adapters", "dry_run", "models", "parallel", "optim")
+_FILES = ("distributed/mesh.py", "train/setup.py", "train/step.py", "train/loss.py", "train/attention.py")
 _NUM_LAST_LINES = 3
 
 
@@ -114,7 +114,8 @@ def traced_memory(job: Job, *, cache_dir: Path | None, timeout_seconds: float = 
     fit = Fit(
         of="a GPU's memory",
         needed_bytes=answer["reserved_bytes"] + OUTSIDE_BYTES,
-        least_bytes=answer["least_bytes"] + OUTSIDE_BYTES,
+        # When memory runs out, expandable segments give back what lies free between blocks.
+        least_bytes=answer["active_bytes"] + OUTSIDE_BYTES,
         usable_bytes=job.instance.gpu_memory_mib * 2**20 * USABLE_SHARE,
     )
     return Traced(
@@ -187,8 +188,9 @@ def _key(asked: Mapping[str, Any]) -> str:
 
 def _source_files() -> Iterator[Path]:
     package = Path(__file__).parents[1]
-    for name in _SOURCES:
-        yield from sorted((package / name).rglob("*.py")) if (package / name).is_dir() else [package / name]
+    for folder in _FOLDERS:
+        yield from sorted((package / folder).rglob("*.py"))
+    yield from (package / name for name in _FILES)
 
 
 def _kept_answer(path: Path | None) -> dict[str, Any] | None:
