@@ -22,7 +22,7 @@ import numpy as np
 from results_file import save
 
 from hypershard.plan import steps
-from hypershard.plan.calibration import calibrate, installed_software
+from hypershard.plan.calibration.calibration import calibrate, installed_software
 from hypershard.plan.job import Job
 from plan import COMMON, CPU_SHAPES, Case, Run, here, pairs, planned, show_pairs
 

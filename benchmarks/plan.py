@@ -29,10 +29,10 @@ from hypershard.cli.train import build_parser, resolve_arguments
 from hypershard.config.flags import parse
 from hypershard.data.embedded import VOCAB_SIZE
 from hypershard.plan.bytes import gpu_moments, peak, reserved_bytes
-from hypershard.plan.calibration import Calibration, calibrate, calibrated, installed_software, nearest
+from hypershard.plan.calibration.calibration import Calibration, calibrate, calibrated, installed_software, nearest
+from hypershard.plan.calibration.measured_run import job_of_run, measured
 from hypershard.plan.here import this_machine
 from hypershard.plan.job import Job
-from hypershard.plan.measured_run import job_of_run, measured
 from hypershard.plan.steps import step_time
 
 STEPS = 25

@@ -82,7 +82,7 @@ def test_unknown_launchers_and_flags_are_refused(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_and_what_is_said_makes_it_fit(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["slurm", "--model", "llama3_8b", "--instance", "g5", "--dry_run"]
-    with pytest.raises(ConfigError, match="does not fit: of a GPU's memory .* most of it activations") as refusal:
+    with pytest.raises(ConfigError, match=r"does not fit: of a GPU's memory .* most of it activations") as refusal:
         launch.run(words)
     told = re.search(r"it fits with (--[^,;]*?)[,.;]", str(refusal.value))
     assert told is not None, refusal.value

@@ -10,10 +10,10 @@ from tests.plan_jobs import job_of
 
 from hypershard.cli.plan import run
 from hypershard.errors import ConfigError
-from hypershard.plan.calibration import calibrate, installed_software
-from hypershard.plan.calibration_store import load_calibrations, save_calibration
+from hypershard.plan.calibration.calibration import calibrate, installed_software
+from hypershard.plan.calibration.measured_run import job_of_run
+from hypershard.plan.calibration.store import load_calibrations, save_calibration
 from hypershard.plan.estimate import plan
-from hypershard.plan.measured_run import job_of_run
 from hypershard.plan.steps import step_time
 
 pytestmark = pytest.mark.slow

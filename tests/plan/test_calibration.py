@@ -13,7 +13,7 @@ from tests.plan_jobs import job_of as job
 
 from hypershard.catalog.instances import Price
 from hypershard.errors import ConfigError
-from hypershard.plan.calibration import (
+from hypershard.plan.calibration.calibration import (
     Calibration,
     Match,
     calibrate,
@@ -22,7 +22,7 @@ from hypershard.plan.calibration import (
     installed_software,
     nearest,
 )
-from hypershard.plan.calibration_store import default_folder, load_calibrations, save_calibration
+from hypershard.plan.calibration.store import default_folder, load_calibrations, save_calibration
 from hypershard.plan.estimate import Plan, as_dict, plan
 from hypershard.plan.job import Job
 from hypershard.plan.steps import LEVEL, coefficients, step_time

@@ -8,8 +8,8 @@ from hypershard.config.schema import ModelConfig
 from hypershard.config.sources import Layer, read_yaml, resolve
 from hypershard.errors import ConfigError
 from hypershard.models.files import model_file
-from hypershard.plan.claims import Claims, Finding, Verdict, check_claims
-from hypershard.plan.claims_memory import weight_gb
+from hypershard.plan.claims.claims import Claims, Finding, Verdict, check_claims
+from hypershard.plan.claims.memory import weight_gb
 
 HOLDS, DISAGREES, IMPOSSIBLE = Verdict.HOLDS, Verdict.DISAGREES, Verdict.IMPOSSIBLE
 

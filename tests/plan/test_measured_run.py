@@ -10,7 +10,7 @@ from tests.plan_jobs import config_of, job_of
 from hypershard.config.sources import to_yaml
 from hypershard.data.embedded import VOCAB_SIZE
 from hypershard.errors import ConfigError, DataError
-from hypershard.plan.measured_run import _vocabulary_of, job_of_run, measured
+from hypershard.plan.calibration.measured_run import _vocabulary_of, job_of_run, measured
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "hypershard" / "data" / "embedded"
 ON_A_CLUSTER = {

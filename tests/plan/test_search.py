@@ -11,12 +11,12 @@ from tests.plan_jobs import job_of as job
 
 from hypershard.catalog.instances import Instance, Price, instance, price
 from hypershard.errors import ConfigError
-from hypershard.plan.calibration import calibrate
+from hypershard.plan.calibration.calibration import calibrate
 from hypershard.plan.estimate import memory_of, plan
 from hypershard.plan.job import Job
-from hypershard.plan.search import Space, search
-from hypershard.plan.search_fit import OPTIONS, STRATEGIES, TIGHT_HANDICAP
-from hypershard.plan.search_result import Candidate, SearchResult, as_dict
+from hypershard.plan.search.fit import OPTIONS, STRATEGIES, TIGHT_HANDICAP
+from hypershard.plan.search.result import Candidate, SearchResult, as_dict
+from hypershard.plan.search.search import Space, search
 from hypershard.plan.steps import step_time
 
 STEPS = 1000

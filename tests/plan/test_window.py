@@ -12,8 +12,8 @@ from hypershard.config.checks import check
 from hypershard.config.sources import Layer, resolve
 from hypershard.errors import ConfigError
 from hypershard.optim.schedule import learning_rate
-from hypershard.plan.profiles import PROFILES, Profile, profile_of, read_profile
-from hypershard.plan.window import (
+from hypershard.plan.window.profiles import PROFILES, Profile, profile_of, read_profile
+from hypershard.plan.window.window import (
     StepCost,
     WindowPlan,
     optimize_for_dataset,
@@ -187,7 +187,7 @@ def test_a_step_larger_than_an_epoch_is_told() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys, hypershard.plan.window, hypershard.plan.claims; print('torch' in sys.modules)"
+    code = "import sys, hypershard.plan.window.window, hypershard.plan.claims.claims; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

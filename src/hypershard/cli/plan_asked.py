@@ -10,7 +10,7 @@ from typing import Any
 from ..catalog.instances import Price, instance, price
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..plan.calibration import Calibration
+from ..plan.calibration.calibration import Calibration
 from ..plan.data_view import DataFacts
 from ..plan.job import Job
 from . import plan_calibrate, plan_data

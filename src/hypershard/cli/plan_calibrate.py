@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ..config.schema import SETTINGS
 from ..errors import ConfigError
-from ..plan.calibration import FAR, NEAR, Calibration, bands, calibrate
-from ..plan.calibration_store import default_folder, load_calibrations, save_calibration
-from ..plan.measured_run import TOLD, Measured, job_of_run, measured
+from ..plan.calibration.calibration import FAR, NEAR, Calibration, bands, calibrate
+from ..plan.calibration.measured_run import TOLD, Measured, job_of_run, measured
+from ..plan.calibration.store import default_folder, load_calibrations, save_calibration
 from ..plan.steps import step_time
 from ..storage import local_path
 from ..units import format_bytes, format_count

@@ -11,7 +11,7 @@ from ..config.schema import ModelConfig
 from ..config.sources import Layer, read_yaml, resolve
 from ..errors import ConfigError
 from ..models.files import model_file
-from ..plan.claims import Claims, Verdict, check_claims
+from ..plan.claims.claims import Claims, Verdict, check_claims
 from .launch_flags import named_values
 
 _SHAPE = {field.name for field in dataclasses.fields(ModelConfig)}

@@ -15,9 +15,9 @@ from ..errors import ConfigError
 from ..plan.data_view import whole_tokens
 from ..plan.estimate import num_steps_of
 from ..plan.job import Job
-from ..plan.search import NODE_COUNTS, Space, search
-from ..plan.search_fit import SEARCHED
-from ..plan.search_result import BILLION, THAT_FITS, Candidate, SearchResult, as_dict, settings_of
+from ..plan.search.fit import SEARCHED
+from ..plan.search.result import BILLION, THAT_FITS, Candidate, SearchResult, as_dict, settings_of
+from ..plan.search.search import NODE_COUNTS, Space, search
 from ..storage import local_path
 from ..units import format_count
 from . import plan_data, plan_window

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..plan.bytes import BAND, GIB
 from ..plan.estimate import LEVEL, Change
-from ..plan.search import Space
-from ..plan.search_fit import SEARCHED, TIGHT_HANDICAP
-from ..plan.search_result import THAT_FITS, Candidate, Refusal, SearchResult
+from ..plan.search.fit import SEARCHED, TIGHT_HANDICAP
+from ..plan.search.result import THAT_FITS, Candidate, Refusal, SearchResult
+from ..plan.search.search import Space
 from ..units import format_bytes, format_count
 
 _WIDTH = 120

@@ -17,9 +17,9 @@ from ..plan.data_view import DataView
 from ..plan.dollars import Cost, cost
 from ..plan.estimate import LEVEL
 from ..plan.job import Job
-from ..plan.profiles import PROFILES, Profile, read_profile
-from ..plan.window import AUTO, COURSE, GIVE_WAYS, WindowPlan, optimize_for_dataset, read_training_config, report
-from ..plan.window_cost import Timed, planner_estimate, timed
+from ..plan.window.cost import Timed, planner_estimate, timed
+from ..plan.window.profiles import PROFILES, Profile, read_profile
+from ..plan.window.window import AUTO, COURSE, GIVE_WAYS, WindowPlan, optimize_for_dataset, read_training_config, report
 from ..storage import local_path, write_json
 from ..units import format_count, format_seconds
 from . import plan_data

@@ -22,8 +22,8 @@ from ..launch.checks_place import instance_type
 from ..log import logger
 from ..metrics.on_track import FIRST_STEPS, MEASURED_STEPS, Forecast
 from ..metrics.sinks import Sink
-from ..plan.calibration import Calibration, calibrate, installed_software
-from ..plan.calibration_store import default_folder, load_calibrations, save_calibration
+from ..plan.calibration.calibration import Calibration, calibrate, installed_software
+from ..plan.calibration.store import default_folder, load_calibrations, save_calibration
 from ..plan.estimate import Plan, as_dict, plan, why_not
 from ..plan.here import CPU, this_machine
 from ..plan.job import Job

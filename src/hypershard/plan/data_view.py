@@ -16,8 +16,8 @@ from ..data.analysis.repetition import DataWarning, Passes, repetition_warnings,
 from ..data.bins.meta import META_FILE, read_meta
 from ..errors import ConfigError
 from ..units import format_count
-from .profiles import read_object
-from .window_fit import Samples
+from .window.fit import Samples
+from .window.profiles import read_object
 
 # Of an analysis's warnings, those of the rows themselves; the others are of the plan that it was asked about.
 _ROW_WARNINGS = ("malformed", "duplicates", "near_empty")

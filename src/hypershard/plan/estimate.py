@@ -13,7 +13,7 @@ from ..config.checks import check_attention, check_world
 from ..errors import ConfigError
 from ..units import format_bytes
 from . import bytes as memory
-from .calibration import Calibration, calibrated, installed_software
+from .calibration.calibration import Calibration, calibrated, installed_software
 from .dollars import Cost, cost
 from .job import Job, Sizes, flops_of, sizes_of
 from .overheads import HoursWindow, hours_window

@@ -1,4 +1,4 @@
-"""meta.json of a folder of token bins: what is in it, with sizes and checksums. No numpy, so that plans answer at once."""
+"""meta.json of a folder of token bins: what is in it, sizes and checksums. No numpy, so that plans answer at once."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.flags import coerce
-from ..errors import ConfigError
-from ..storage import read_json
+from ...config.flags import coerce
+from ...errors import ConfigError
+from ...storage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

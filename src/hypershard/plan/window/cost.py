@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..units import format_bytes
-from .calibration import Calibration, calibrated, installed_software
-from .estimate import Memory, check_job, find_remedy, memory_of
-from .job import Job
-from .overheads import Overheads, overheads
+from ...units import format_bytes
+from ..calibration.calibration import Calibration, calibrated, installed_software
+from ..estimate import Memory, check_job, find_remedy, memory_of
+from ..job import Job
+from ..overheads import Overheads, overheads
+from ..steps import StepTime, step_time
+from .fit import Estimate, StepCost
 from .profiles import Profile
-from .steps import StepTime, step_time
-from .window_fit import Estimate, StepCost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from ..optim.replan import reserve_hours, steps_that_fit
+from ...errors import ConfigError
+from ...optim.replan import reserve_hours, steps_that_fit
 from .profiles import Profile
 
 # Sequences are not shortened below this; this project's choice.

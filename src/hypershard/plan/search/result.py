@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..catalog.instances import Instance, Price
-from .estimate import LEVEL, Memory
-from .job import Job
-from .search_fit import SEARCHED, TIGHT_HANDICAP, Misfit
-from .steps import StepTime
+from ...catalog.instances import Instance, Price
+from ..estimate import LEVEL, Memory
+from ..job import Job
+from ..steps import StepTime
+from .fit import SEARCHED, TIGHT_HANDICAP, Misfit
 
 BILLION = 10**9
 THAT_FITS = "_that_fits"  # after a role: of those that fit, where the winner is tight

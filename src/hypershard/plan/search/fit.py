@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.checks import check_world
-from ..config.schema import SETTINGS, ParallelConfig
-from .bytes import Fit
-from .estimate import Memory, memory_of
-from .job import Job
-from .steps import StepTime, step_time
+from ...config.checks import check_world
+from ...config.schema import SETTINGS, ParallelConfig
+from ..bytes import Fit
+from ..estimate import Memory, memory_of
+from ..job import Job
+from ..steps import StepTime, step_time
 
 # A tight job's time is optimistic: its allocator gives memory of one stream back and asks for it on another. By how
 # much nobody knows (README, 30B). So this is no estimate: it lets what fits win wherever it is nearly as good, and a

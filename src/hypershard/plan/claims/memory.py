@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..config.schema import ModelConfig
-from ..errors import ConfigError
-from ..models.family import active_parameter_count, family_of
-from ..units import format_count
+from ...config.schema import ModelConfig
+from ...errors import ConfigError
+from ...models.family import active_parameter_count, family_of
+from ...units import format_count
 from .findings import Claims, Finding, Verdict
 
 # Bits per weight. nf4: 4, and its block scales quantised twice, 0.127 (Dettmers et al. 2023, QLoRA, arXiv:2305.14314,

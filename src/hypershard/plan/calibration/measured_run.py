@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..catalog.instances import Instance, instances
-from ..config.schema import Config, ModelConfig
-from ..config.sources import Layer, read_yaml, resolve
-from ..data.embedded import VOCAB_SIZE
-from ..errors import ConfigError, DataError
-from ..metrics.sinks import read_json_lines
-from ..models.family import family_of
-from ..storage import read_json
+from ...catalog.instances import Instance, instances
+from ...config.schema import Config, ModelConfig
+from ...config.sources import Layer, read_yaml, resolve
+from ...data.embedded import VOCAB_SIZE
+from ...errors import ConfigError, DataError
+from ...metrics.sinks import read_json_lines
+from ...models.family import family_of
+from ...storage import read_json
+from ..here import CPU, this_machine
+from ..job import Job
 from .calibration import software_name
-from .here import CPU, this_machine
-from .job import Job
 
 # What a run directory may not tell, by the flags that then do: `--calibrate RUN --vocab_size 32000`.
 TOLD = ("vocab_size", "peak_tflops_per_gpu")

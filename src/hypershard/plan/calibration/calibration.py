@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from .. import __version__
-from ..errors import ConfigError
-from ..units import format_count
-from .bytes import gpu_moments, reserved_bytes
-from .here import CPU
-from .job import Job, sizes_of
-from .steps import StepTime, coefficients, peak_flops, step_time
+from ... import __version__
+from ...errors import ConfigError
+from ...units import format_count
+from ..bytes import gpu_moments, reserved_bytes
+from ..here import CPU
+from ..job import Job, sizes_of
+from ..steps import StepTime, coefficients, peak_flops, step_time
 
 DROPPED_STEPS = 5  # the first, which fill caches and settle the allocator
 _SLOW = 3.0  # times the median: a step beside a save or a validation, or one that waited for data
@@ -183,7 +183,7 @@ def software_name(*, torch: str, hypershard: str) -> str:
 @functools.cache
 def closed_form_state() -> str:
     """A digest of what predicts a step's time: a factor against another closed form says nothing of this one."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for name in ("coefficients.json", "steps.py", "bytes.py", "job.py", "here.py"):
         digest.update((here / name).read_bytes())

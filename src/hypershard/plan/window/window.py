@@ -14,11 +14,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..data.analysis.repetition import LARGE_FINE_TUNING_SAMPLES, SMALL_FINE_TUNING_SAMPLES, most_fine_tuning_epochs
-from ..errors import ConfigError
-from ..optim.replan import reserve_hours
+from ...data.analysis.repetition import LARGE_FINE_TUNING_SAMPLES, SMALL_FINE_TUNING_SAMPLES, most_fine_tuning_epochs
+from ...errors import ConfigError
+from ...optim.replan import reserve_hours
+from .fit import Estimate, Samples, StepCost, Trial, WindowEstimate
 from .profiles import PROFILES, Profile, read_object, refuse_unknown
-from .window_fit import Estimate, Samples, StepCost, Trial, WindowEstimate
 
 __all__ = [
     "AUTO",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..catalog.gpus import Gpu
-from ..units import format_count
+from ...catalog.gpus import Gpu
+from ...units import format_count
 from .findings import Claims, Finding, Verdict
 
 # MFU that MosaicML's llm-foundry publishes for bf16: from 29% (3B, sequences of 32,768, H100) to 64% (7B, 2,048, A100).

@@ -11,8 +11,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..storage import make_directory, read_json, readable_errors, write_json
+from ...errors import ConfigError
+from ...storage import make_directory, read_json, readable_errors, write_json
 from .calibration import Calibration, Setup
 
 _MAY_BE_ZERO = "iqr_seconds"

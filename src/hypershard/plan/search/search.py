@@ -10,15 +10,15 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..catalog.instances import Instance, Price
-from ..config.checks import check_attention
-from ..errors import ConfigError
-from .calibration import Calibration, calibrated, installed_software
-from .dollars import cost
-from .estimate import find_remedy
-from .job import Job
-from .search_fit import Misfit, Run, try_nodes
-from .search_result import BILLION, THAT_FITS, Candidate, Refusal, SearchResult
+from ...catalog.instances import Instance, Price
+from ...config.checks import check_attention
+from ...errors import ConfigError
+from ..calibration.calibration import Calibration, calibrated, installed_software
+from ..dollars import cost
+from ..estimate import find_remedy
+from ..job import Job
+from .fit import Misfit, Run, try_nodes
+from .result import BILLION, THAT_FITS, Candidate, Refusal, SearchResult
 
 NODE_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 

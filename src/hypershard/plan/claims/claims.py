@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..catalog.instances import SERVICES, Price, instance
-from ..config.schema import ModelConfig
-from ..errors import ConfigError
-from ..models.family import family_of, parameter_count
-from ..units import format_count
-from .claims_memory import memory_findings
-from .claims_speed import speed_findings
+from ...catalog.instances import SERVICES, Price, instance
+from ...config.schema import ModelConfig
+from ...errors import ConfigError
+from ...models.family import family_of, parameter_count
+from ...units import format_count
+from ..scaling import LOSS_BAND_NATS, predicted_loss, tokens_for_loss
 from .findings import SAME_COUNT, Claims, Finding, Verdict
-from .scaling import LOSS_BAND_NATS, predicted_loss, tokens_for_loss
+from .memory import memory_findings
+from .speed import speed_findings
 
 __all__ = ["Claims", "Finding", "Verdict", "check_claims"]
 

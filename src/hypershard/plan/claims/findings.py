@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..catalog.gpus import Gpu, gpus
-from ..catalog.instances import instance
-from ..config.schema import ModelConfig
-from ..errors import ConfigError
-from ..models.family import family_of, parameter_count
-from .scaling import FLOPS_PER_PARAMETER_TOKEN
+from ...catalog.gpus import Gpu, gpus
+from ...catalog.instances import instance
+from ...config.schema import ModelConfig
+from ...errors import ConfigError
+from ...models.family import family_of, parameter_count
+from ..scaling import FLOPS_PER_PARAMETER_TOKEN
 
 # Published counts are rounded to three figures and leave out or count in small parts (positions, a vision tower).
 SAME_COUNT = 0.01
