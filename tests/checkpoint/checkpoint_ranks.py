@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from hypershard.checkpoint.durable import DurableTier
 from hypershard.checkpoint.hf import load_hf_weights
+from hypershard.checkpoint.hf_folder import read_model_folder
 from hypershard.checkpoint.lineage import Lineage
 from hypershard.checkpoint.manager import CheckpointManager
 from hypershard.checkpoint.manifest import Place
@@ -142,5 +143,5 @@ def message(action) -> str:
 
 def hf_rows(world: World, directory: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     tensors = sharded({name: torch.zeros(shape) for name, shape in shapes.items()}, mesh_of(world, 0))
-    load_hf_weights(directory, tensors)
+    load_hf_weights(read_model_folder(str(directory)), tensors)
     return {name: tensor.clone() for name, tensor in whole(tensors).items()}

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint_ranks as ranks
+import huggingface_hub.constants
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tests.hub_server import HubServer, Repository
 from tests.rank_pool import RankPool
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from hypershard.checkpoint.durable import DurableTier
-from hypershard.checkpoint.hf import Export, export_hf, load_hf_weights
-from hypershard.checkpoint.lineage import Lineage
-from hypershard.checkpoint.manifest import Place, StoredCheckpoint
-from hypershard.checkpoint.snapshot import take_snapshot
-from hypershard.checkpoint.stores import DiskStore
+from hypershard.checkpoint.hf import load_hf_weights
+from hypershard.checkpoint.hf_folder import local_copy, model_folder, read_model_folder
 from hypershard.config.schema import ModelConfig
+from hypershard.data.read.hub import list_model
 from hypershard.errors import CheckpointError
 from hypershard.models.family import family_of
 
@@ -54,21 +53,32 @@ def build(name: str) -> tuple[Any, Any]:
     return model, hf_config
 
 
+def load(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    load_hf_weights(read_model_folder(str(directory)), tensors)
+
+
 def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def checkpoint_of(model: Any, directory: Path) -> StoredCheckpoint:
-    tensors = {f"model/{name}": tensor for name, tensor in parameters(model).items()}
-    tensors |= {f"optimizer/exp_avg/{name}": torch.ones_like(tensor) for name, tensor in parameters(model).items()}
-    tier = DurableTier(Place(DiskStore(directory)))
-    tier.save(1, take_snapshot(tensors), {}, Lineage(1, "first"))
-    return tier.place.finished()[0]
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(20).reshape(2, 10), use_cache=False).logits.float()
+def test_a_hub_gives_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build("mixtral")
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with HubServer() as server:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        server.models["org/model"] = Repository(
+            {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+        )
+        folder = model_folder("org/model", list_model("org/model", cache_dir=tmp_path))
+        found = {name: torch.zeros_like(tensor) for name, tensor in parameters(model).items()}
+        load_hf_weights(folder, found)
+        assert all(torch.equal(found[name], tensor) for name, tensor in parameters(model).items())
+        copied = {path.name: path.read_bytes() for path in local_copy(folder, tmp_path / "cache").iterdir()}
+        names = ("config.json", "generation_config.json", "tokenizer.json")
+        assert copied == {name: (tmp_path / "model" / name).read_bytes() for name in names}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -77,95 +87,9 @@ def test_directory_of_save_pretrained_loads(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     found = {key: torch.full_like(tensor, 9) for key, tensor in parameters(model).items()}
-    load_hf_weights(tmp_path, found)
+    load(tmp_path, found)
     for key, tensor in parameters(model).items():
         assert torch.equal(found[key], tensor), key
-
-
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-@pytest.mark.parametrize("name", MODELS)
-def test_export_has_the_same_logits(name: str, max_shard_bytes: int, tmp_path: Path) -> None:
-    model, hf_config = build(name)
-    output = tmp_path / "out"
-    export = Export(torch.float32, max_shard_bytes=max_shard_bytes)
-    export_hf(checkpoint_of(model, tmp_path / "run"), output, hf_config, export=export)
-    assert (output / "model.safetensors.index.json").exists() == (max_shard_bytes < 10**9)
-    loaded, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert loaded.dtype == torch.float32
-    assert torch.equal(logits(loaded.eval()), logits(model))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_export_names_are_those_of_save_pretrained(name: str, tmp_path: Path) -> None:
-    model, hf_config = build(name)
-    model.save_pretrained(tmp_path / "theirs")
-    export_hf(checkpoint_of(model, tmp_path), tmp_path / "ours", hf_config, export=Export(torch.float32))
-    ours, theirs = (load_file(tmp_path / place / "model.safetensors") for place in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_export_in_bfloat16_with_tokenizer(tmp_path: Path) -> None:
-    model, hf_config = build("llama")
-    tokenizer = tmp_path / "tokenizer.json"
-    write_tokenizer(tokenizer)
-    export_hf(
-        checkpoint_of(model, tmp_path),
-        tmp_path / "out",
-        hf_config,
-        export=Export(tokenizer_path=tokenizer, eos_token_id=1),
-    )
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.dtype == torch.bfloat16 and loaded.config.eos_token_id == 1 == loaded.generation_config.eos_token_id
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert loaded.config.architectures == ["LlamaForCausalLM"]
-    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.bfloat16())
-    read = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert read("a b")["input_ids"] == [2, 3] and read.eos_token == "<eos>"
-
-
-def write_tokenizer(path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "<eos>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(path))
-
-
-def test_killed_export_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, hf_config = build("llama")
-    checkpoint = checkpoint_of(model, tmp_path / "run")
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("hypershard.checkpoint.hf._write_config", killed)
-        with pytest.raises(KeyboardInterrupt):
-            export_hf(checkpoint, tmp_path / "out", hf_config)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "old").write_text("")
-    export_hf(checkpoint, tmp_path / "out", hf_config)
-    assert not (tmp_path / "out" / "old").exists()
-
-
-def test_export_refuses_damage_and_a_full_directory(tmp_path: Path) -> None:
-    model, hf_config = build("llama")
-    checkpoint = checkpoint_of(model, tmp_path / "run")
-    with pytest.raises(CheckpointError, match="exists already"):
-        export_hf(checkpoint, tmp_path / "run", hf_config)
-    data = Path(checkpoint.location) / "__0_0.distcp"
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(CheckpointError, match="found checksum"):
-        export_hf(checkpoint, tmp_path / "out", hf_config)
-    assert not (tmp_path / "out").exists()
 
 
 def test_each_rank_reads_its_own_rows(pools: Callable[[int], RankPool], tmp_path: Path) -> None:
@@ -205,7 +129,7 @@ def save_changed(directory: Path, change: Callable[[dict[str, torch.Tensor]], An
 def test_other_models_are_refused(change: Callable, message: str, tmp_path: Path) -> None:
     wanted = save_changed(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
-        load_hf_weights(tmp_path, wanted)
+        load(tmp_path, wanted)
     assert all(not tensor.any() for tensor in wanted.values()), "nothing is loaded from a refused directory"
 
 
@@ -225,14 +149,14 @@ def test_other_spellings_of_names_are_understood(rename: Callable[[str], str], t
         weights["h.0.attn.masked_bias"] = torch.zeros(2)
 
     wanted = save_changed(tmp_path, change)
-    load_hf_weights(tmp_path, wanted)
+    load(tmp_path, wanted)
     expected = parameters(build("llama")[0])
     assert all(torch.equal(wanted[name], expected[name]) for name in expected)
 
 
 def test_values_are_cast_to_the_tensors_dtype(tmp_path: Path) -> None:
     wanted = save_changed(tmp_path, lambda w: w.update({name: t.bfloat16() for name, t in w.items()}))
-    load_hf_weights(tmp_path, wanted)
+    load(tmp_path, wanted)
     norm = parameters(build("llama")[0])["model.norm.weight"]
     assert wanted["model.norm.weight"].dtype == torch.float32
     assert torch.equal(wanted["model.norm.weight"], norm.bfloat16().float())
@@ -240,14 +164,21 @@ def test_values_are_cast_to_the_tensors_dtype(tmp_path: Path) -> None:
 
 def test_missing_damaged_and_pickled_files_are_named(tmp_path: Path) -> None:
     wanted = {"model.norm.weight": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"--init_from=.*found no weights, expected model\.safetensors"):
-        load_hf_weights(tmp_path, wanted)
+    with pytest.raises(
+        CheckpointError, match=r"--init_from=.*: found no such folder, or an empty one, expected model\.safetensors"
+    ):
+        load(tmp_path, wanted)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickled weights"):
-        load_hf_weights(tmp_path, wanted)
+        load(tmp_path, wanted)
+    save_file({"a": torch.zeros(9)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: .* the file was cut off"):
+        load(tmp_path, wanted)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
-        load_hf_weights(tmp_path, wanted)
+        load(tmp_path, wanted)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"names gone\.safetensors, not found beside it"):
-        load_hf_weights(tmp_path, wanted)
+        load(tmp_path, wanted)

@@ -61,6 +61,12 @@ class Store(Protocol):
     def settle(self, folder: str) -> None:
         """Make what was written survive a power cut, before the manifest says that it is there."""
 
+    def files(self, folder: str) -> dict[str, int]:
+        """File name -> size in bytes of one folder, which need not exist; '' is the store itself."""
+
+    def delete(self, folder: str, name: str) -> None:
+        """Delete one file; being gone already is fine."""
+
     def remove(self, folder: str) -> None:
         """Delete a folder, its manifest first."""
 
@@ -128,7 +134,8 @@ class DiskStore:
         path = self.directory / folder / name
         if is_new and path.exists():
             raise StorageError(f"{path} is there already: two jobs write to --checkpoint_dir={self.directory}")
-        write_bytes(make_directory(path.parent) / name, content)
+        make_directory(path.parent)
+        write_bytes(path, content)
 
     def read(self, folder: str, name: str) -> bytes:
         path = self.directory / folder / name
@@ -146,6 +153,17 @@ class DiskStore:
         with readable_errors(self.directory / folder, "writing"):
             sync_directory(self.directory / folder)
             sync_directory(self.directory)
+
+    def files(self, folder: str) -> dict[str, int]:
+        path = self.directory / folder
+        with readable_errors(path, "listing"), contextlib.suppress(FileNotFoundError):
+            return {str(one.relative_to(path)): one.stat().st_size for one in path.rglob("*") if one.is_file()}
+        return {}
+
+    def delete(self, folder: str, name: str) -> None:
+        path = self.directory / folder / name
+        with readable_errors(path, "deleting"):
+            path.unlink(missing_ok=True)
 
     def remove(self, folder: str) -> None:
         path = self.directory / folder
@@ -222,6 +240,9 @@ class S3Store:
     def where(self, folder: str, name: str = "") -> str:
         return str(self.uri / folder / name) if name else str(self.uri / folder)
 
+    def _uri(self, folder: str, name: str) -> S3Uri:
+        return self.uri / folder / name if folder else self.uri / name
+
     def contents(self) -> dict[str, dict[str, int]]:
         found: dict[str, dict[str, int]] = {}
         for key, size_bytes in self.client.list_objects(self.uri, deadline=_soon()).items():
@@ -236,10 +257,10 @@ class S3Store:
 
     def stream(self, folder: str, name: str, *, seconds: float | None) -> AbstractContextManager[Any]:
         deadline = Deadline.after(seconds if seconds is not None else 24 * 3600.0)
-        return self.client.open_write(self.uri / folder / name, deadline=deadline, part_bytes=BLOCK_BYTES)
+        return self.client.open_write(self._uri(folder, name), deadline=deadline, part_bytes=BLOCK_BYTES)
 
     def write(self, folder: str, name: str, content: bytes, *, is_new: bool = False) -> None:
-        uri = self.uri / folder / name if folder else self.uri / name
+        uri = self._uri(folder, name)
         try:
             self.client.put(uri, content, deadline=_soon(), only_if_absent=is_new)
         except AlreadyExists as error:
@@ -248,14 +269,19 @@ class S3Store:
                 raise StorageError(f"{error}: two jobs write to --s3_tier_base_path={self.uri}") from error
 
     def read(self, folder: str, name: str) -> bytes:
-        uri = self.uri / folder / name if folder else self.uri / name
-        return self.client.read(uri, deadline=_soon())
+        return self.client.read(self._uri(folder, name), deadline=_soon())
 
     def source(self, folder: str, name: str) -> Source:
-        return S3Source(self.client, self.uri / folder / name)
+        return S3Source(self.client, self._uri(folder, name))
 
     def settle(self, folder: str) -> None:
         """S3 answers when an object is safe."""
+
+    def files(self, folder: str) -> dict[str, int]:
+        return self.client.list_objects(self.uri / folder if folder else self.uri, deadline=_soon())
+
+    def delete(self, folder: str, name: str) -> None:
+        self.client.delete([self._uri(folder, name)], deadline=_soon())
 
     def remove(self, folder: str) -> None:
         self.client.delete([self.uri / folder / MANIFEST], deadline=_soon())

@@ -17,18 +17,14 @@ from typing import Any
 
 from ..errors import CheckpointError, DamagedCheckpoint, StorageError
 from ..log import logger
+from .hf_folder import TOKENIZER_FILES
 from .manifest import Manifest, Place, StoredCheckpoint, find_place, folder_name, stored_checkpoints
 from .stores import MANIFEST, RUN_FILE, DiskStore, Store
 from .sums import BLOCK_BYTES, FileSum, Source, damage_of, num_blocks, read_verified
 
 # Each file of a bucket is read by several connections at once, so fewer files keep them all busy.
 _LOCAL_FILES, _REMOTE_FILES = 4, 2
-_BELONGINGS = (
-    ("", RUN_FILE),
-    ("", "config.yaml"),
-    ("tokenizer", "tokenizer.json"),
-    ("tokenizer", "tokenizer_config.json"),
-)
+_BELONGINGS = (("", RUN_FILE), ("", "config.yaml"), *(("tokenizer", name) for name in TOKENIZER_FILES))
 
 
 class Stopped(Exception):
@@ -203,7 +199,7 @@ def copy_belongings(place: Place, target: Store) -> list[str]:
     """
     copied = []
     for folder, name in _BELONGINGS:
-        content = _beside(place.store, folder, name)
+        content = beside(place.store, folder, name)
         if content is None:
             continue
         shown = f"{folder}/{name}" if folder else name
@@ -218,7 +214,7 @@ def copy_belongings(place: Place, target: Store) -> list[str]:
     return copied
 
 
-def _beside(store: Store, folder: str, name: str) -> bytes | None:
+def beside(store: Store, folder: str, name: str) -> bytes | None:
     """A small file kept with checkpoints: in their folder or, on a disk, in the run directory above it."""
     with contextlib.suppress(FileNotFoundError):
         return store.read(folder, name)

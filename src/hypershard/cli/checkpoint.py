@@ -8,13 +8,12 @@ from typing import TypeAlias
 
 from ..checkpoint.survey import Superfluous, superfluous
 from ..errors import CheckpointError
-from ..log import logger
-from ..storage import local_path
 from ..units import format_bytes
 from .checkpoint_diff import diff_checkpoints
+from .checkpoint_export import default_workers, export
 from .checkpoint_list import list_checkpoints
 from .checkpoint_memory import prune_memory
-from .checkpoint_places import chosen, stored_at
+from .checkpoint_places import stored_at
 from .checkpoint_transfer import copy, verify
 
 Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -41,6 +40,7 @@ examples:
   hypershard checkpoint prune --memory
   hypershard checkpoint diff runs/demo@40 runs/demo@60 --tensors 'model/*'
   hypershard checkpoint export runs/demo --output models/demo --dtype bfloat16
+  hypershard checkpoint export s3://bucket/demo --step 60 --output s3://bucket/models/demo --num_workers 4
 """
 _PLACE = "run directory, checkpoint directory, one step's directory, or an s3:// URI of one"
 _NEWEST = "only the checkpoint of this step; default: the one that a resume would take"
@@ -83,6 +83,10 @@ def _add_copy(actions: Actions) -> None:
         "destination", metavar="DESTINATION", help="folder, run directory or s3://bucket/prefix that is to hold it"
     )
     action.add_argument("--step", type=int, metavar="N", help=_NEWEST)
+    _add_from(action)
+
+
+def _add_from(action: argparse.ArgumentParser) -> None:
     action.add_argument(
         "--from",
         dest="tier",
@@ -127,10 +131,16 @@ def _add_diff(actions: Actions) -> None:
 
 
 def _add_export(actions: Actions) -> None:
-    action = _action(actions, "export", "write a Hugging Face model directory")
+    text = (
+        "write a Hugging Face model directory; config.json goes last, so that an unfinished directory looks like none. "
+        "Cut off, the same command goes on and the result is the same to the byte. Every byte read is verified"
+    )
+    action = _action(actions, "export", text)
     action.add_argument("place", metavar="PLACE", help=_PLACE)
     action.add_argument("--step", type=int, metavar="N", help=_NEWEST)
-    action.add_argument("--output", required=True, metavar="DIR", help="new directory of the model")
+    action.add_argument(
+        "--output", required=True, metavar="DIR", help="new directory of the model, or s3://bucket/prefix"
+    )
     action.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights; default: %(default)s"
     )
@@ -139,6 +149,35 @@ def _add_export(actions: Actions) -> None:
         metavar="PATH",
         help="tokenizer.json or its folder, to put beside the weights; default: the run's own",
     )
+    action.add_argument(
+        "--adapter", action="store_true", help="of --lora_r: the adapters alone, in PEFT's format, instead of merged"
+    )
+    action.add_argument(
+        "--base",
+        metavar="DIR",
+        help="of --lora_r: the model the adapters were trained beside; default: where --init_from had it",
+    )
+    action.add_argument(
+        "--max_shard_gb", type=_gigabytes, default=5.0, metavar="X", help="size of a file; default: %(default)g GB"
+    )
+    action.add_argument(
+        "--num_workers",
+        type=_positive,
+        default=default_workers(),
+        metavar="N",
+        help="processes that write, a file at a time, each with a file in memory; default here: %(default)s",
+    )
+    _add_from(action)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of gigabytes above 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -158,7 +197,7 @@ def run(argv: Sequence[str]) -> int:
         return copy(args.place, args.destination, step=args.step, tier=args.tier)
     if args.action == "diff":
         return diff_checkpoints((args.a, args.b), pattern=args.tensors, with_values=not args.no_values)
-    return _prune(args) if args.action == "prune" else _export(args)
+    return _prune(args) if args.action == "prune" else export(args)
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -194,35 +233,3 @@ def _prune(args: argparse.Namespace) -> int:
 def _removed(one: Superfluous, *, dry_run: bool) -> str:
     size = format_bytes(one.found.size_bytes)
     return f"{'would delete' if dry_run else 'deleted'} {one.found.stored.location} ({size}): {one.reason}"
-
-
-def _export(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..checkpoint.hf import Export, export_hf
-    from ..config.schema import ModelConfig
-    from ..data.encode.tokenizer import load_tokenizer
-    from ..models.family import family_of
-    from .place import place_tokenizer
-
-    output = local_path(args.output, flag="--output")
-    source = stored_at(args.place)
-    stored = chosen(source, args.step).stored
-    model = ModelConfig(**stored.facts(stored.manifest())["model"])
-    with place_tokenizer(source.place, args.tokenizer) as given:
-        tokenizer = None if given is None else load_tokenizer(given)
-        if tokenizer is None:
-            logger.warning("the run keeps no tokenizer and no --tokenizer is given: the model directory will have none")
-        elif model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-            raise CheckpointError(
-                f"--tokenizer={given} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}; "
-                f"give the tokenizer it was trained with"
-            )
-        export = Export(
-            getattr(torch, args.dtype),
-            tokenizer_path=tokenizer.path if tokenizer else None,
-            eos_token_id=tokenizer.eos_token_id if tokenizer else None,
-        )
-        export_hf(stored, output, family_of(model.model_type).hf_config(model), export=export)
-    print(f"{output}: {model.model_type} in {args.dtype}, from {stored.location}")
-    return 0

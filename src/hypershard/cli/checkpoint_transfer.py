@@ -87,7 +87,7 @@ def copy(place: str, destination: str, *, step: int | None, tier: str | None) ->
     if tier is None:
         text = _copy_stored(chosen(source, step), target)
     else:
-        text = _copy_blobs(_whole_set(source, tier, step), target)
+        text = _copy_blobs(whole_set(source, tier, step), target)
     if also := copy_belongings(source.place, target):
         text += f"; with it {', '.join(also)}"
     print(f"{text}; {format_seconds(time.monotonic() - started_at)}")
@@ -109,7 +109,8 @@ def _copy_stored(found: Found, target: Store) -> str:
     )
 
 
-def _whole_set(source: Stored, tier: str, step: int | None) -> BlobSet:
+def whole_set(source: Stored, tier: str, step: int | None) -> BlobSet:
+    """The newest blobs of a tier on this node (of `step`) that make a checkpoint. Raises CheckpointError."""
     silent: dict[str, str] = {}
     here = [blobs for one in on_this_node(source, silent) if one.tier == tier for blobs in one.blobs.sets]
     sets = [blobs for blobs in here if step in (None, blobs.step)]

@@ -7,12 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoint.hf_folder import TOKENIZER_FILES
 from ..checkpoint.manifest import Place
 from ..checkpoint.stores import DiskStore
 from ..errors import StorageError
-from ..storage import local_path
-
-_FILES = ("tokenizer.json", "tokenizer_config.json")
+from ..storage import local_path, make_directory
 
 
 @contextlib.contextmanager
@@ -30,7 +29,9 @@ def place_tokenizer(place: Place, given: str | None) -> Iterator[Path | None]:
     else:
         with tempfile.TemporaryDirectory(prefix="hypershard-") as folder:
             found = Path(folder)
-            for name in _FILES:
+            for name in TOKENIZER_FILES:
                 with contextlib.suppress(FileNotFoundError, StorageError):
-                    (found / name).write_bytes(place.store.read("tokenizer", name))
-            yield found if (found / _FILES[0]).exists() else None
+                    content = place.store.read("tokenizer", name)
+                    make_directory((found / name).parent)
+                    (found / name).write_bytes(content)
+            yield found if (found / TOKENIZER_FILES[0]).exists() else None

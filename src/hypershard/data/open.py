@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -121,6 +122,16 @@ def open_dataset(data: DataConfig) -> Dataset:
         vocab_size=first.vocab_size,
         eos_token_id=first.eos_token_id,
     )
+
+
+def with_tokenizer_of_model(data: DataConfig, tokenizer: Path) -> DataConfig:
+    """`data` read with a model's own tokenizer.json, where no --tokenizer is given and not all of it is tokens already.
+
+    A chat template beside it comes with it.
+    """
+    if data.tokenizer is not None or all(bins_folder(name) is not None for name, _ in _named(data)):
+        return data
+    return dataclasses.replace(data, tokenizer=str(tokenizer))
 
 
 def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:

@@ -41,8 +41,8 @@ _MEANING = (
 )
 
 
-def refuse_other_config(ours: Any, directory: Path) -> None:
-    """Compare the transformers configuration `ours` with the folder's config.json.
+def refuse_other_config(ours: Any, directory: Path, *, init_from: str) -> None:
+    """Compare the transformers configuration `ours` with the config.json in `directory`, a copy of `init_from`'s.
 
     Raises ConfigError naming what differs. A folder without config.json is taken at its weights' word.
     """
@@ -53,7 +53,7 @@ def refuse_other_config(ours: Any, directory: Path) -> None:
     try:
         theirs = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().to_dict()
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--init_from={directory}: its config.json cannot be used: {error}") from error
+        raise ConfigError(f"--init_from={init_from}: its config.json cannot be used: {error}") from error
     mine = ours.to_dict()
     different = [
         f"{name} {theirs[name]} (this run: {mine[name]})"
@@ -62,7 +62,7 @@ def refuse_other_config(ours: Any, directory: Path) -> None:
     ]
     if different:
         raise ConfigError(
-            f"--init_from={directory} holds another model: its config.json has {'; '.join(different)}. "
+            f"--init_from={init_from} holds another model: its config.json has {'; '.join(different)}. "
             f"Give --model and the model settings as they stand there"
         )
 

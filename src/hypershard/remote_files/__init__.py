@@ -6,7 +6,9 @@ from .hub import hub_endpoint as hub_endpoint
 from .hub import hub_host as hub_host
 from .hub import hub_request as hub_request
 from .hub import hub_url as hub_url
+from .opened import Ranges as Ranges
 from .opened import open_file as open_file
+from .opened import open_ranges as open_ranges
 from .patience import Patience as Patience
 from .patience import Unreachable as Unreachable
 from .s3 import RemoteFile as RemoteFile

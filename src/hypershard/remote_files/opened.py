@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,33 +30,65 @@ def open_file(location: str, *, size_bytes: int | None = None, patience: Patienc
     """
     if "://" not in location:
         return _open_local(location, size_bytes)
+    if location.startswith("hf://") and (downloaded := downloaded_file(location)) is not None:
+        return _open_local(str(downloaded), size_bytes)
+    remote = open_ranges(location, size_bytes=size_bytes, patience=patience)
+    return io.BufferedReader(_RangeFile(remote.size_bytes, remote.fetch), _BUFFER_BYTES)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A file as ranges of its bytes: `fetch(start, end)` gives exactly these, from any thread."""
+
+    size_bytes: int
+    fetch: Callable[[int, int], bytes | bytearray]
+
+
+def open_ranges(location: str, *, size_bytes: int | None = None, patience: Patience | None = None) -> Ranges:
+    """The same locations as `open_file`, with its errors, for those who know which bytes they want."""
+    if location.startswith("hf://") and (downloaded := downloaded_file(location)) is not None:
+        location = str(downloaded)
+    if "://" not in location:
+        found = _local_size(location, size_bytes)
+        return Ranges(found, functools.partial(_fetch_local, location))
     patience = patience or Patience()
     scheme = location.split("://", 1)[0]
     if scheme == "s3":
         size_bytes = size_of(location, patience) if size_bytes is None else size_bytes
-        fetch: Callable[[int, int], bytes] = functools.partial(fetch_range, location, patience=patience)
-    elif scheme == "hf":
-        if (downloaded := downloaded_file(location)) is not None:
-            return _open_local(str(downloaded), size_bytes)
-        file = HubFile(location, patience)
-        size_bytes = file.size_bytes() if size_bytes is None else size_bytes
-        fetch = file.fetch
-    else:
-        raise DataError(f"--dataset: found {location}; expected a path, s3://… or hf://…")
-    return io.BufferedReader(_RangeFile(size_bytes, fetch), _BUFFER_BYTES)
+        return Ranges(size_bytes, functools.partial(fetch_range, location, patience=patience))
+    if scheme != "hf":
+        raise DataError(f"found {location}; expected a path, s3://… or hf://…")
+    file = HubFile(location, patience)
+    return Ranges(file.size_bytes() if size_bytes is None else size_bytes, file.fetch)
 
 
 def _open_local(location: str, size_bytes: int | None) -> BinaryIO:
-    found = Path(location).stat().st_size
-    if size_bytes is not None and found != size_bytes:
-        raise DataError(f"{location}: found {found} bytes; expected the {size_bytes} it had when it was listed")
+    _local_size(location, size_bytes)
     return open(location, "rb")
+
+
+def _local_size(location: str, expected: int | None) -> int:
+    found = Path(location).stat().st_size
+    if expected is not None and found != expected:
+        raise DataError(f"{location}: found {found} bytes; expected the {expected} it had when it was listed")
+    return found
+
+
+def _fetch_local(location: str, start: int, end: int) -> bytearray:
+    content, filled = bytearray(end - start), 0
+    with open(location, "rb", buffering=0) as file, memoryview(content) as view:
+        file.seek(start)
+        while filled < len(content) and (count := file.readinto(view[filled:])):
+            filled += count
+    if filled < len(content):
+        raise DataError(f"{location}: it ends at byte {start + filled}; expected bytes up to {end}")
+    return content
 
 
 class _RangeFile(io.RawIOBase):
     """A file of which ranges of bytes are fetched; each fetch is whole or raises."""
 
-    def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes]) -> None:
+    def __init__(self, size_bytes: int, fetch: Callable[[int, int], bytes | bytearray]) -> None:
         self._size_bytes, self._fetch, self._position = size_bytes, fetch, 0
 
     def readable(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ..config.schema import Config, DataConfig
 from ..data.feed import Feed, encoded_cursors, merged_cursors
 from ..data.loader import Loader, Share, validation_batches
-from ..data.open import Dataset, Text, open_dataset
+from ..data.open import Dataset, Text, open_dataset, with_tokenizer_of_model
 from ..data.packing import Batch
 from ..data.sequences import packing_of, training_sources, validation_sources
 from ..data.stream import StreamSpec
@@ -19,6 +19,8 @@ from ..distributed.collectives import barrier, gather_objects
 from ..distributed.env import Ranks
 from ..distributed.process_group import World
 from ..errors import ConfigError
+from ..log import logger
+from .init_from import Origin
 from .refuse import refuse_unequal_ranks
 
 _DEFAULTS = DataConfig()
@@ -51,16 +53,23 @@ class TrainingData:
         self.loader.restore(facts["num_lanes"], cursors=facts["cursors"])
 
 
-def open_data(config: Config, world: World) -> Dataset:
+def open_data(config: Config, world: World, origin: Origin | None) -> Dataset:
     """Open the data set, on each node in one rank first: it lists, tokenises and caches while the others wait.
+
+    Text is read with the tokenizer of the weights that training starts from (`origin`), unless another is named.
 
     DataError, StorageError: as `open_dataset` raises them; a rank that leaves with one ends the wait of the others.
     ConfigError: the ranks differ in flags or files.
     """
-    dataset = open_dataset(config.data) if world.ranks.local_rank == 0 else None
+    data = config.data
+    if origin is not None and origin.tokenizer is not None:
+        data = with_tokenizer_of_model(data, origin.tokenizer)
+        if data != config.data:
+            logger.info(f"no --tokenizer given: that of --init_from={config.train.init_from} is used")
+    dataset = open_dataset(data) if world.ranks.local_rank == 0 else None
     barrier()
     if dataset is None:
-        dataset = open_dataset(config.data)
+        dataset = open_dataset(data)
     refuse_unequal_ranks(config, dataset)
     return dataset
 

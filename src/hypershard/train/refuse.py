@@ -12,7 +12,7 @@ from ..data.encode.tokenizer import same_vocabulary
 from ..data.open import Dataset
 from ..distributed.collectives import gather_objects
 from ..errors import ConfigError
-from ..storage import local_path
+from .init_from import Origin
 
 
 def refuse_unequal_ranks(config: Config, dataset: Dataset) -> None:
@@ -34,16 +34,16 @@ def refuse_unequal_ranks(config: Config, dataset: Dataset) -> None:
             )
 
 
-def refuse_other_tokenizer(config: Config, dataset: Dataset) -> None:
+def refuse_other_tokenizer(config: Config, dataset: Dataset, origin: Origin | None) -> None:
     """Raises ConfigError when the model folder's tokenizer is not the data's: the ids would mean other tokens."""
-    if config.train.init_from in ("scratch", "resume") or dataset.tokenizer_path is None:
+    models_own = origin.tokenizer if origin else None
+    if models_own is None or dataset.tokenizer_path is None:
         return
-    models_own = local_path(config.train.init_from, flag="--init_from") / "tokenizer.json"
-    if models_own.is_file() and not same_vocabulary(models_own, dataset.tokenizer_path):
+    if not same_vocabulary(models_own, dataset.tokenizer_path):
         raise ConfigError(
             f"--init_from={config.train.init_from} has a tokenizer of its own, and the data were tokenised with "
-            f"another ({dataset.tokenizer_path}); give --tokenizer={config.train.init_from}, or prepare the data "
-            f"with it"
+            f"another ({dataset.tokenizer_path}); drop --tokenizer, or prepare the token bins with the model's own "
+            f"({models_own})"
         )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.hf_folder import TOKENIZER_FILES
 from ..config.schema import Config, ReportConfig
 from ..config.sources import to_yaml
 from ..distributed.env import Ranks
@@ -81,15 +82,17 @@ def write_description(run_dir: Path, config: Config, ranks: Ranks, *, device_nam
 
 
 def belongings(config: Config, tokenizer_path: Path | None) -> dict[str, bytes]:
-    """What a run needs besides tensors to go on elsewhere, by file name: its configuration and its tokenizer."""
+    """What a run needs besides tensors to go on elsewhere, by file name: its configuration, its tokenizer and how that
+    writes conversations."""
     files = {"config.yaml": to_yaml(config).encode()}
     if tokenizer_path is not None:
-        for source, name in (
-            (tokenizer_path, "tokenizer.json"),
-            (tokenizer_path.with_name("tokenizer_config.json"), "tokenizer_config.json"),
-        ):
-            if source.is_file():
+        files["tokenizer/tokenizer.json"] = tokenizer_path.read_bytes()
+        for name in TOKENIZER_FILES[1:]:
+            if (source := tokenizer_path.parent / name).is_file():
                 files[f"tokenizer/{name}"] = source.read_bytes()
+    if config.data.chat_template is not None:  # it goes before the tokenizer's own, for conversations with tools too
+        files["tokenizer/chat_template.jinja"] = Path(config.data.chat_template).expanduser().read_bytes()
+        files.pop("tokenizer/additional_chat_templates/tool_use.jinja", None)
     return files
 
 

@@ -82,6 +82,18 @@ class ChatRenderer:
             is_answered=messages[-1]["role"] == "assistant",
         )
 
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """The messages with the header of the assistant's answer to come. Refused: as of `render`."""
+        self._refuse_forged(Conversation(messages=messages, tools=None))
+        return _Writer(self._template.text, None, self._variables).write(messages, prompt=True)
+
+    def end_of_turn(self) -> str | None:
+        """The special token that ends an answer; None where the template writes none."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "."}
+        text = _Writer(self._template.text, None, self._variables).write([question, answer])
+        ended = self._ended.search(text)
+        return None if ended is None else ended.group().removesuffix(ended.group(1))
+
     def _refuse_forged(self, conversation: Conversation) -> None:
         for number, message in enumerate(conversation.messages, start=1):
             for text in texts_in(message):

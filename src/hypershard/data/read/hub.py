@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from ...errors import DataError
 from ...log import logger
-from ...remote_files import Offline, Patience, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
+from ...remote_files import Offline, Patience, RemoteFile, Unreachable, hub_endpoint, hub_host, hub_request, hub_url
 from ...storage import exclusive, make_directory, read_json, write_bytes, write_json
 
 # "c4", "allenai/c4", and either with a branch, tag or commit: "allenai/c4@main".
@@ -56,14 +56,35 @@ def list_dataset(name: str, *, cache_dir: Path) -> HubDataset:
     StorageError: the hub cannot be reached, and nothing is in the cache.
     """
     kept = _Kept("datasets", name, cache_dir, flag="--dataset")
-    value = kept.current(lambda info: _listing(kept.doing, info))
+    value = kept.current(lambda info: _listing(kept.doing, info, kind="datasets"))
     files = tuple(HubFileInfo(**file) for file in value["files"])
     return HubDataset(name=value["name"], commit=value["commit"], files=files, readme=value["readme"])
 
 
-def _listing(doing: str, info: dict[str, Any]) -> dict[str, Any]:
+def list_model(name: str, *, cache_dir: Path) -> dict[str, RemoteFile]:
+    """All files of the model `name` (org/name, or with @revision) at its newest commit, by path.
+
+    Cached as `list_dataset` does, with the same errors; DataError too for what can be no name.
+    """
+    if not HUB_NAME.fullmatch(name):
+        raise DataError(
+            f"--init_from={name}: found nothing there; expected a folder, s3://… or a model such as org/name"
+        )
+    kept = _Kept("models", name, cache_dir, flag="--init_from", file="files.json")
+    value = kept.current(lambda info: _listing(kept.doing, info, kind="models"))
+    return {
+        file["path"]: RemoteFile(
+            location=f"hf://{value['name']}@{value['commit']}/{file['path']}",
+            size_bytes=file["size_bytes"],
+            version=file["version"],
+        )
+        for file in value["files"]
+    }
+
+
+def _listing(doing: str, info: dict[str, Any], *, kind: str) -> dict[str, Any]:
     name, commit = info["id"], info["sha"]
-    url: str | None = f"{hub_endpoint()}/api/datasets/{name}/tree/{commit}?recursive=true&expand=false"
+    url: str | None = f"{hub_endpoint()}/api/{kind}/{name}/tree/{commit}?recursive=true&expand=false"
     files = []
     while url:
         answer = hub_request(doing, url, patience=Patience())
@@ -78,7 +99,7 @@ def _listing(doing: str, info: dict[str, Any]) -> dict[str, Any]:
                 files.append(dataclasses.asdict(file))
         url = answer.links.get("next", {}).get("url")
     readme = ""
-    if any(file["path"] == README for file in files):
+    if kind == "datasets" and any(file["path"] == README for file in files):
         location = f"hf://datasets/{name}@{commit}/{README}"
         readme = hub_request(doing, hub_url(location), patience=Patience()).content.decode(errors="replace")
     return {"name": name, "commit": commit, "files": files, "readme": readme}
@@ -126,14 +147,14 @@ class _Found:
 class _Kept:
     """The cache's folder of one name on one hub, and the question which commit the name has now."""
 
-    def __init__(self, kind: str, name: str, cache_dir: Path, *, flag: str) -> None:
+    def __init__(self, kind: str, name: str, cache_dir: Path, *, flag: str, file: str = "kept.json") -> None:
         self.doing = f"{flag}={name}: no file or folder here has this name; asking the hub for it"
         self._name = name
         repository, _, revision = name.partition("@")
         self._url = f"{hub_endpoint()}/api/{kind}/{repository}/revision/{quote(revision or 'main', safe='')}"
         hub = re.sub(r"[^\w.-]", "_", hub_host())
         self.folder = cache_dir / "hub" / hub / kind / name.replace("/", "--")
-        self._file = self.folder / "kept.json"
+        self._file = self.folder / file
 
     def current(self, make: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """What is known of the name: of the cache where that is right, else what `make` makes of the hub's description
