@@ -59,7 +59,8 @@ def _train(job: Job, progress: Progress, num_steps: int) -> tuple[Progress, list
     for _ in range(num_steps):
         report = train_step(job, progress, flags=saves.flags)
         progress = advance(progress, report, seconds=report.seconds)
-        if saves.saves and (due := saves.due(progress.step, report.flags, asked=False, step_seconds=report.seconds)):
+        due = saves.due(progress.step, report.flags, asked=False, best_step=None, step_seconds=report.seconds)
+        if due:
             saves.save(progress.step, job.tensors(), job.facts(progress), due=due)
             stalls.append(saves.last_stall_seconds)
         saves.poll()

@@ -145,6 +145,23 @@ def test_keeps_every_nth_for_good(tmp_path: Path) -> None:
     assert steps_in(manager.levels[0].tier) == [8, 6, 3]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_keeps_the_best_and_saves_it_when_it_comes(tmp_path: Path, asynchronous: bool) -> None:
+    """Steps 2 and 5 were the best when they were validated; besides, the test saves at every step."""
+    manager = manager_of(disk(tmp_path), keep=1, asynchronous=asynchronous)
+    manager.levels[0].keep_best = True
+    (name,) = [level.name for level in manager.levels]
+    found = []
+    for step, best_step in enumerate([None, 2, 2, 2, 5, 5, 5], 1):
+        busy = [False, True]  # the last save is still being written somewhere
+        due = manager.due(step, busy, asked=False, best_step=best_step, step_seconds=1.0)
+        assert due == ([name] if step == best_step else [])
+        save(manager, step)
+        manager.finish()
+        found.append(steps_in(manager.levels[0].tier))
+    assert found == [[1], [2], [3, 2], [4, 2], [5], [6, 5], [7, 5]]
+
+
 def test_damaged_checkpoint_never_counts_as_kept(tmp_path: Path) -> None:
     first = manager_of(disk(tmp_path), keep=3)
     for step in (10, 20):

@@ -18,7 +18,7 @@ from hypershard.train.evaluate import evaluate
 from hypershard.train.rehearse import rehearse
 from hypershard.train.state import Progress, StepReport, advance, seed_everything
 from hypershard.train.step import on_device, train_step
-from hypershard.train.stop import stop_reason
+from hypershard.train.stop import Limits, stop_reason
 
 
 def uneven_loss(world: World, flags: str, cache_dir: Path) -> tuple[float, float]:
@@ -167,9 +167,9 @@ def test_validation_is_the_same_on_one_and_two_ranks_and_ends_in_training_mode(
 
 
 def test_reasons_to_stop() -> None:
-    assert stop_reason(Progress(step=9), last_step=10, asked=None) is None
-    assert stop_reason(Progress(step=10), last_step=10, asked=None) == "steps"
-    assert stop_reason(Progress(step=3), last_step=10, asked="SIGTERM") == "SIGTERM"
+    assert stop_reason(Progress(step=9), Limits(10, None), asked=None) is None
+    assert stop_reason(Progress(step=10), Limits(10, None), asked=None) == "steps"
+    assert stop_reason(Progress(step=3), Limits(10, None), asked="SIGTERM") == "SIGTERM"
 
 
 def test_seeding_reaches_every_generator() -> None:

@@ -1,10 +1,11 @@
 """When a run ends and when it saves, by the clock and by signals."""
 
+import dataclasses
 import os
 import signal
 
-from hypershard.train.state import Progress
-from hypershard.train.stop import Limits, SaveWish, StopSignals
+from hypershard.train.state import Progress, judged
+from hypershard.train.stop import Limits, SaveWish, StopSignals, stop_reason
 
 
 def test_a_run_stops_early_enough_for_its_last_save() -> None:
@@ -38,3 +39,16 @@ def test_sigusr2_asks_for_a_save_and_no_stop() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGTERM"
     assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_run_ends_early_when_validations_get_no_better() -> None:
+    """By at least 1 % of the best; a loss that is no number is no better either."""
+    limits, progress = Limits(last_step=100, max_seconds=None, patience=2, min_gain=0.01), Progress()
+    reasons, steps = [], []
+    for step, loss in enumerate([5.0, 4.0, 3.97, 3.0, float("nan"), 2.99, 2.0], 1):
+        progress = judged(dataclasses.replace(progress, step=step), loss, min_gain=limits.min_gain)
+        reasons.append(stop_reason(progress, limits, asked=None))
+        steps.append(progress.best_step)
+    assert steps == [1, 2, 2, 4, 4, 4, 7]
+    assert reasons == [None, None, None, None, None, "early", None]
+    assert stop_reason(progress, Limits(100, None), asked=None) is None, "without a patience it never does"

@@ -41,6 +41,7 @@ class Level:
     cadence: Cadence
     keep: int
     keep_every: int | None = None
+    keep_best: bool = False
     lane: Lane = field(default_factory=Lane)
 
     @property
@@ -93,6 +94,7 @@ class CheckpointManager:
         self._asynchronous = asynchronous
         self._failure_seconds = failure_seconds
         self._step_seconds = 0.0
+        self._best_step: int | None = None
         self._alarm = alarm
         self._run: str | None = None
         self._lineage = Lineage(1, "")
@@ -236,13 +238,16 @@ class CheckpointManager:
         """Which of this rank's savers are at work, to be summed over the ranks: see `due`."""
         return [float(lane.is_busy) for lane in (self._node_lane, *(level.lane for level in self.levels))]
 
-    def due(self, step: int, busy: Sequence[bool], *, asked: bool, step_seconds: float) -> list[str]:
+    def due(
+        self, step: int, busy: Sequence[bool], *, asked: bool, best_step: int | None, step_seconds: float
+    ) -> list[str]:
         """Which tiers are to be saved to after `step`, the same on all ranks.
 
         `busy` are the `flags` of all ranks: a tier whose last save any rank still writes is saved to later. `asked` is
-        a wish to save to the durable tiers now.
+        a wish to save to the durable tiers now. Levels with `keep_best` never delete the checkpoint of `best_step`;
+        where that is this step, the first of them saves it even if it has to be waited for.
         """
-        self._step_seconds = step_seconds
+        self._step_seconds, self._best_step = step_seconds, best_step
         names = [
             name
             for name, cadence in ((MEMORY, self._memory), (LOCAL, self._local))
@@ -252,6 +257,9 @@ class CheckpointManager:
             # Every save goes through the slots, and those are free when the nodes' own tiers have written theirs.
             if level.cadence.is_due(step, asked=asked, is_busy=is_busy or busy[0]):
                 names.append(level.name)
+        keepers = [level.name for level in self.levels if level.keep_best]
+        if step == best_step and keepers and keepers[0] not in names:
+            names.append(keepers[0])
         for name, cadence, is_busy in self._measurable(busy):
             if cadence.awaits_measure and not is_busy and name not in names:
                 self._measure(name, cadence, step_seconds)
@@ -309,6 +317,8 @@ class CheckpointManager:
 
         Raises what the durable tiers met when none of them has `step` then.
         """
+        if not self.saves:
+            return False
         self._finish_nodes()
         busy = self._control.together(lambda: [level.lane.is_busy for level in self.levels])
         is_busy = [any(flags) for flags in zip(*busy, strict=True)]
@@ -402,7 +412,8 @@ class CheckpointManager:
             is_superseded = record.step == saved.step and record.attempt < saved.attempt
             is_abandoned = record.step > saved.step and record.lineage < saved.lineage
             is_refused = record.step <= saved.step and record.location in refused
-            if record.step in old or is_superseded or is_abandoned or is_refused:
+            is_old = record.step in old and not (level.keep_best and record.step == self._best_step)
+            if is_old or is_superseded or is_abandoned or is_refused:
                 level.tier.delete(record)
 
     def settle(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.manifest import StoredCheckpoint, existing_place
@@ -11,11 +13,10 @@ from ..checkpoint.survey import survey
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError
 from ..models.family import family_of
+from .checkpoint_adapters import whole_weights
 from .place import place_tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
     from ..data.encode.tokenizer import TextTokenizer
 
 
@@ -27,69 +28,96 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run_dir", metavar="RUN", help="run directory, checkpoint directory, or one step's directory")
     parser.add_argument("--prompt", default="The", help="text to continue; default: %(default)r")
-    parser.add_argument("--max_new_tokens", type=int, default=80, metavar="N", help="default: %(default)s")
+    add_sampling(parser, max_new_tokens=80)
+    return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """The flags of `Opened.continued`, and the tokenizer's."""
+    parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: %(default)s")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the run directory's")
-    return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
     args = build_parser().parse_args(argv)
-    from ..data.encode.tokenizer import load_tokenizer
+    with opened_model(args.run_dir, tokenizer=args.tokenizer) as opened:
+        ids = opened.texts.encode(args.prompt).ids
+        print(opened.texts.decode([*ids, *opened.continued(ids, args)]))
+    return 0
 
-    place = existing_place(args.run_dir)
-    whole = [found.stored for found in survey(place) if found.is_complete]
-    if not whole:
-        raise CheckpointError(
-            f"{args.run_dir}: found no finished checkpoint; expected a run directory with checkpoints/"
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run's newest model on one device with its tokenizer, which `texts` is too, as the tokenizers library has it."""
+
+    model: Any
+    tokenizer: TextTokenizer
+    texts: Any
+    eos_token_id: int | None
+
+    def continued(
+        self, ids: Sequence[int], args: argparse.Namespace, *, ends: Sequence[int] = (), streamer: Any = None
+    ) -> list[int]:
+        """The ids that follow `ids`, by the flags of `add_sampling`, up to the end of the text or one of `ends`."""
+        import torch
+
+        torch.manual_seed(args.seed)
+        prompt = torch.tensor([list(ids)], device=self.model.device)
+        stops = sorted({*ends, *([] if self.eos_token_id is None else [self.eos_token_id])})
+        # Of an untrained row of the embedding nothing can be decoded: models may have more rows than tokenizers ids.
+        unknown = list(range(self.tokenizer.vocab_size, self.model.config.vocab_size))
+        how = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+        output = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else None,
+            suppress_tokens=unknown or None,
+            use_cache=True,
+            streamer=streamer,
+            **how,
         )
-    with place_tokenizer(place, args.tokenizer) as tokenizer_path:
-        if tokenizer_path is None:
-            raise CheckpointError(f"found no tokenizer beside {place.store.location}; give --tokenizer")
-        tokenizer = load_tokenizer(tokenizer_path)
-        return _generate(args, tokenizer, *_load(whole[0]))
+        found: list[int] = output[0, prompt.shape[1] :].tolist()
+        return found
 
 
-def _generate(args: argparse.Namespace, tokenizer: TextTokenizer, model: Any, eos_token_id: int | None) -> int:
-    import torch
+@contextlib.contextmanager
+def opened_model(run_dir: str, *, tokenizer: str | None) -> Iterator[Opened]:
+    """The newest checkpoint of a run, a folder or a bucket. Raises CheckpointError and DataError."""
     from tokenizers import Tokenizer
 
-    torch.manual_seed(args.seed)
-    texts = Tokenizer.from_file(str(tokenizer.path))
-    ids = torch.tensor([texts.encode(args.prompt).ids], device=model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    # Of an untrained row of the embedding nothing can be decoded: the model may have more rows than the tokenizer ids.
-    unknown = list(range(tokenizer.vocab_size, model.config.vocab_size))
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-        suppress_tokens=unknown or None,
-        use_cache=True,
-        **sampling,
-    )
-    print(texts.decode(output[0].tolist()))
-    return 0
+    from ..data.encode.tokenizer import load_tokenizer
+
+    place = existing_place(run_dir)
+    whole = [found.stored for found in survey(place) if found.is_complete]
+    if not whole:
+        raise CheckpointError(f"{run_dir}: found no finished checkpoint; expected a run directory with checkpoints/")
+    with place_tokenizer(place, tokenizer) as path:
+        if path is None:
+            raise CheckpointError(f"found no tokenizer beside {place.store.location}; give --tokenizer")
+        loaded = load_tokenizer(path)
+        model, eos_token_id = _load(whole[0])
+        texts = Tokenizer.from_file(str(loaded.path))
+        yield Opened(model=model, tokenizer=loaded, texts=texts, eos_token_id=eos_token_id)
 
 
 def _load(checkpoint: StoredCheckpoint) -> tuple[Any, int | None]:
     """The model of a checkpoint on one device, in bfloat16 on a GPU; and its end-of-text token."""
     import torch
 
-    from ..checkpoint.metadata import read_metadata, read_tensors
     from ..parallel.init import materialise
 
-    manifest = checkpoint.manifest()
-    facts = checkpoint.facts(manifest)
+    facts = checkpoint.facts(checkpoint.manifest())
     model = ModelConfig(**facts["model"])
     hf_model = family_of(model.model_type).build(model)
     materialise(hf_model, parameter_device=torch.device("cpu"), buffer_device=torch.device("cpu"))
-    tensors: dict[str, torch.Tensor] = {f"model/{name}": p.detach() for name, p in hf_model.named_parameters()}
-    read_tensors(checkpoint, manifest, read_metadata(checkpoint, manifest), tensors)
+    weights = whole_weights(checkpoint, base=None)
+    for name, parameter in hf_model.named_parameters():
+        parameter.data.copy_(weights.read([name], torch.float32)[name])
     if torch.cuda.is_available():
         hf_model = hf_model.to("cuda", torch.bfloat16)
     return hf_model.eval(), facts.get("eos_token_id")

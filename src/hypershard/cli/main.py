@@ -17,6 +17,7 @@ VERBS = {
     "prepare": "turn text into token bins",
     "checkpoint": "list, verify, copy, prune, compare and export checkpoints",
     "generate": "let a trained model continue a text",
+    "chat": "talk to a model that was trained on conversations",
     "data": "analyze a data set; read back which samples a run trained on",
     "doctor": "what this machine or cluster is, what is missing, how to mend it",
     "report": "show a run: its curve, speed and whereabouts",

@@ -194,6 +194,8 @@ def _ended(record: Record, exit_code: int, nodes: Nodes) -> Verdict:
 def _after_stop(reason: str, record: Record) -> Verdict:
     if reason in ("steps", "hours"):
         return Verdict("done", f"all {reason} are done; {_kept(record)}")
+    if reason == "early":
+        return Verdict("done", f"the validation loss fell no further; {_kept(record)}")
     if reason == "SIGINT":
         return Verdict("stopped", f"interrupted by hand; {_kept(record)}")
     if reason == "time limit":

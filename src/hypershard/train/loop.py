@@ -17,7 +17,7 @@ from .rehearse import rehearse
 from .replan import first_course, lay_course
 from .restore import Start, restore
 from .setup import Job
-from .state import Progress, advance
+from .state import Progress, advance, judged
 from .step import train_step
 from .stop import SaveWish, StopSignals, stop_reason
 
@@ -37,7 +37,6 @@ class Outcome:
 
     reason: str
     progress: Progress
-    validation_loss: float | None
 
 
 def run(
@@ -61,15 +60,12 @@ def run(
     sinks, pace = open_sinks(progress.step, job.last_step(progress)), Pace(job.forecast)
     event("started", step=progress.step, world_size=job.world.size, **job.data_position(progress))
     if eval_only:
-        outcome = Outcome("eval_only", progress, validate())
+        progress = judged(progress, validate(), min_gain=job.limits.min_gain)
         close(sinks)
-        return outcome
+        return Outcome("eval_only", progress)
     rehearse(job)
     progress = first_course(job, progress)
-    saves = job.checkpoints.saves
     job.checkpoints.begin(progress.step, job.tensors(), job.facts(progress))
-    asked: str | None = None
-    validation_loss: float | None = None
     stopwatch, wish = Stopwatch(), SaveWish(schedule.save_minutes, now=time.monotonic())
     with StopSignals(wish) as signals:
 
@@ -80,7 +76,7 @@ def run(
             save = job.world.ranks.is_main and wish.is_wanted(time.monotonic())
             return [float(wanted() is not None), float(save), *job.checkpoints.flags()]
 
-        while (reason := stop_reason(progress, last_step=job.last_step(progress), asked=asked)) is None:
+        while (reason := stop_reason(progress, job.limits, asked=signals.agreed)) is None:
             report = train_step(job, progress, flags=flags)
             progress = advance(progress, report, seconds=stopwatch.lap())
             guard.check(report, progress, max_skipped_steps=job.optim.max_skipped_steps)
@@ -89,22 +85,25 @@ def run(
             last_step = job.last_step(progress)
             stop_asked, save_asked, *busy = report.flags
             if stop_asked:
-                asked = from_main(wanted()) or "another rank's signal"
+                signals.agreed = from_main(wanted()) or "another rank's signal"
             if is_due(progress.step, schedule.logging, last_step):
                 for sink in sinks:
                     sink.write(progress.step, step_record(job, progress, report, pace))
             # Before the save: a run that goes on from it finds all that belongs to its steps written.
             if is_due(progress.step, schedule.validation, last_step):
-                validation_loss = validate()
-            if due := saves and job.checkpoints.due(progress.step, busy, asked=save_asked, step_seconds=report.seconds):
+                progress = judged(progress, validate(), min_gain=job.limits.min_gain)
+            due = job.checkpoints.due(
+                progress.step, busy, asked=save_asked, best_step=progress.best_step, step_seconds=report.seconds
+            )
+            if due:
                 job.checkpoints.save(progress.step, job.tensors(), facts := job.facts(progress), due=due)
                 wish.granted(due, time.monotonic())
                 stall_seconds, cursors = job.checkpoints.last_stall_seconds, ledger_cursors(facts, due)
                 event("saved", step=progress.step, tiers=due, stall_seconds=stall_seconds, cursors=cursors)
             job.checkpoints.poll()
-        if saves and job.checkpoints.save_last(progress.step, job.tensors(), job.facts(progress)):
+        if job.checkpoints.save_last(progress.step, job.tensors(), job.facts(progress)):
             event("saved", step=progress.step, tiers=["all"], stall_seconds=job.checkpoints.last_stall_seconds)
-    job.checkpoints.close(is_complete=reason == "steps")
+    job.checkpoints.close(is_complete=reason in ("steps", "early"))
     event("stopped", step=progress.step, reason=reason)
     close(sinks)
-    return Outcome(reason, progress, validation_loss)
+    return Outcome(reason, progress)

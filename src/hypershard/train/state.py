@@ -29,10 +29,19 @@ class Course:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The lowest validation loss so far (nats per token), after which step, and how many since were no lower."""
+
+    loss: float
+    step: int
+    num_since: int = 0
+
+
+@dataclass(frozen=True)
 class Progress:
     """Counters of the run over all its restarts. `samples` is the position in the data's global order.
 
-    `course` None: the schedule is as configured.
+    `course` None: the schedule is as configured. `validation_loss`, `best` None: nothing was validated yet.
     """
 
     step: int = 0
@@ -42,6 +51,12 @@ class Progress:
     optimizer_steps: int = 0
     skipped_in_row: int = 0
     course: Course | None = None
+    validation_loss: float | None = None
+    best: Best | None = None
+
+    @property
+    def best_step(self) -> int | None:
+        return None if self.best is None else self.best.step
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,16 @@ def advance(progress: Progress, report: StepReport, *, seconds: float) -> Progre
     )
 
 
+def judged(progress: Progress, loss: float, *, min_gain: float) -> Progress:
+    """`progress` after a validation; its `loss` is the best if lower than that before by the share `min_gain`."""
+    best = progress.best
+    if best is None or loss < best.loss * (1 - min_gain):
+        best = Best(loss, progress.step)
+    else:
+        best = dataclasses.replace(best, num_since=best.num_since + 1)
+    return dataclasses.replace(progress, validation_loss=loss, best=best)
+
+
 def checkpoint_tensors(
     parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
@@ -93,8 +118,10 @@ def checkpoint_tensors(
 def progress_from(facts: Mapping[str, object]) -> Progress:
     """The counters in a checkpoint's facts."""
     values: dict[str, Any] = {field.name: facts[field.name] for field in dataclasses.fields(Progress)}
-    course = values["course"]
-    return Progress(**values | {"course": None if course is None else Course(**course)})
+    course, best = values["course"], values["best"]
+    values["course"] = None if course is None else Course(**course)
+    values["best"] = None if best is None else Best(**best)
+    return Progress(**values)
 
 
 def seed_everything(seed: int, *, step: int, rank: int) -> None:

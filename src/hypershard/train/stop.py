@@ -19,12 +19,19 @@ class Limits:
     """`last_step` ends the run, a course laid anew sooner.
 
     `max_seconds` (None: no limit) counts training time over all restarts.
-    `ends_at` (None: unknown) is when the cluster ends the job, in seconds since 1970.
+    `ends_at` (None: unknown) is when the cluster ends the job, in seconds since 1970. After `patience` validations in a
+    row (None: never) that were not lower than the best before them by the share `min_gain`, the run ends early.
     """
 
     last_step: int
     max_seconds: float | None
     ends_at: float | None = None
+    patience: int | None = None
+    min_gain: float = 0.0
+
+    def last_step_of(self, progress: Progress) -> int:
+        """The step that ends the run: as configured, or of the course laid anew."""
+        return self.last_step if progress.course is None else progress.course.last_step
 
     def time_over(self, progress: Progress, now: float, reserve_seconds: float) -> str | None:
         """ "hours" or "time limit" when no more than `reserve_seconds` of the run's or the job's time are left."""
@@ -35,10 +42,12 @@ class Limits:
         return None
 
 
-def stop_reason(progress: Progress, *, last_step: int, asked: str | None) -> str | None:
-    """ "steps", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on."""
-    if progress.step >= last_step:
+def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str | None:
+    """ "steps", "early", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on."""
+    if progress.step >= limits.last_step_of(progress):
         return "steps"
+    if limits.patience is not None and progress.best is not None and progress.best.num_since >= limits.patience:
+        return "early"
     return asked
 
 
@@ -68,6 +77,7 @@ class StopSignals:
 
     def __init__(self, wish: SaveWish) -> None:
         self.received: str | None = None
+        self.agreed: str | None = None  # what the ranks agreed to stop for
         self._wish = wish
 
     def __enter__(self) -> StopSignals:

@@ -40,6 +40,7 @@ def build_checkpoints(
                 DurableTier(Place(disk), group=_own_group(world)),
                 Cadence(checkpoint.checkpoint_freq),
                 keep=checkpoint.keep_checkpoints,
+                keep_best=checkpoint.keep_best,
             )
         )
     if checkpoint.s3_tier_base_path is not None and checkpoint.s3_checkpointing_freq != 0:
@@ -51,6 +52,7 @@ def build_checkpoints(
                 Cadence(checkpoint.s3_checkpointing_freq),
                 keep=checkpoint.keep_s3_checkpoints,
                 keep_every=checkpoint.keep_s3_every,
+                keep_best=checkpoint.keep_best,
             )
         )
     memory = Cadence(checkpoint.in_memory_checkpointing_freq or 0)

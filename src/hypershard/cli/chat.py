@@ -1,0 +1,106 @@
+"""`hypershard chat RUN`: talk to a model that was trained on conversations, on one device."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .generate import Opened, add_sampling, opened_model
+
+_EPILOG = """examples:
+  hypershard chat runs/chat                                    # line by line, until an empty one
+  hypershard chat runs/chat --system "Be brief." --prompt "What is FSDP?" --temperature 0
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hypershard chat",
+        description="Talk to the newest checkpoint of a run. Loads the whole model on one device.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", metavar="RUN", help="run directory, checkpoint directory, or one step's directory")
+    parser.add_argument("--system", metavar="TEXT", help="the system's message; default: none")
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this and end; default: what you type, line by line")
+    parser.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja template; default: the tokenizer's")
+    add_sampling(parser, max_new_tokens=512)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer until nothing more is asked. Raises CheckpointError, and DataError for a tokenizer without a template."""
+    args = build_parser().parse_args(argv)
+    with opened_model(args.run_dir, tokenizer=args.tokenizer) as opened:
+        talk = _Talk(opened, args)
+        if args.prompt is not None:
+            talk.answer(args.prompt)
+            return 0
+        while question := _asked():
+            talk.answer(question)
+    return 0
+
+
+def _asked() -> str:
+    """A line from the terminal or a pipe; empty at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    return sys.stdin.readline().strip()
+
+
+class _Talk:
+    """A conversation: all of it is given to the model again for each answer."""
+
+    def __init__(self, opened: Opened, args: argparse.Namespace) -> None:
+        from ..data.encode.chat import ChatRenderer
+        from ..data.encode.chat_template import read_chat_template
+
+        self._opened, self._args = opened, args
+        template = read_chat_template(opened.tokenizer, args.chat_template)
+        self._renderer = ChatRenderer(template, opened.tokenizer.special_tokens)
+        end = self._renderer.end_of_turn()
+        self._ends = [] if end is None else [opened.texts.token_to_id(end)]
+        self._messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+
+    def answer(self, question: str) -> None:
+        """Print the answer as it comes. Raises DataError for a question that would forge turns."""
+        from ..data.encode.chat_messages import Refused
+
+        self._messages.append({"role": "user", "content": question})
+        try:
+            prompt = self._renderer.prompt(self._messages)
+        except Refused as error:
+            raise DataError(str(error)) from None
+        ids = self._opened.texts.encode(prompt, add_special_tokens=False).ids
+        stream = _Stream(self._opened.texts)
+        self._opened.continued(ids, self._args, ends=self._ends, streamer=stream)
+        self._messages.append({"role": "assistant", "content": stream.text})
+
+
+class _Stream:
+    """Prints tokens as they are generated; transformers gives it the prompt first. `text`: all that was printed."""
+
+    def __init__(self, texts: Any) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.text = ""
+        self._texts, self._decoded = texts, DecodeStream(skip_special_tokens=True)
+        self._is_prompt = True
+
+    def put(self, ids: Any) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token in ids.tolist():
+            piece = self._decoded.step(self._texts, token)
+            if piece:
+                print(piece, end="", flush=True)
+                self.text += piece
+
+    def end(self) -> None:
+        print(flush=True)
