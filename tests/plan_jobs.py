@@ -27,6 +27,7 @@ def job_of(model: str, where: str = "p5", num_nodes: int = 1, **flags: Any) -> J
         model=family_of(config.model.model_type).complete(config.model),
         data=config.data,
         parallel=config.parallel,
+        adapters=config.adapters,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=instance(where),

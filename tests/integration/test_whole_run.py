@@ -152,7 +152,7 @@ def test_the_export_loads_elsewhere_and_the_model_writes(run_dir: Path, tmp_path
     tokenizer_file = tmp_path / "model" / "tokenizer.json"
     own = tokenizer_file.read_text()
     Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tokenizer_file))
-    code, output = train(run_dir=tmp_path / "other", nproc_per_node=1, **flags)
+    code, output = train(run_dir=tmp_path / "other", nproc_per_node=1, tokenizer=run_dir / "tokenizer", **flags)
     assert code == 2 and "has a tokenizer of its own" in output
     tokenizer_file.write_text(own)
     train_well(run_dir=tmp_path / "tuned", nproc_per_node=2, **flags)

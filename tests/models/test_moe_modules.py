@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from hypershard.models.family import family_of
-from hypershard.models.moe_modules import AddLossGradient, GroupedLlama4Moe, balance_losses
+from hypershard.models.moe_modules import AddLossGradient, balance_losses, group_llama4
 
 NUM_EXPERTS = 4
 
@@ -31,7 +31,7 @@ def llama4_pair(dtype: torch.dtype, **changes: object) -> tuple[Llama4TextMoe, L
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     ours.load_state_dict(theirs.state_dict())
-    ours.__class__ = GroupedLlama4Moe
+    group_llama4(ours)
     return theirs.to(dtype), ours.to(dtype)
 
 

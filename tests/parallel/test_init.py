@@ -94,16 +94,16 @@ def test_no_two_matrices_and_no_two_shards_are_alike(pools: Callable[[int], Rank
 def test_block_boundaries_do_not_show() -> None:
     """A tensor of several blocks of rows, drawn whole and drawn in uneven parts."""
     from hypershard.models.family import ParameterSpec
-    from hypershard.parallel.init import _BLOCK_NUMEL, _draw_normal
+    from hypershard.parallel.init import _BLOCK_NUMEL, _draw
 
     rows_per_block = 4
     spec = ParameterSpec("w", (19, _BLOCK_NUMEL // rows_per_block), "normal", 0.5)
     device = torch.device("cpu")
     whole = torch.empty(spec.shape)
-    _draw_normal(whole, spec, first_row=0, seed=1, device=device)
+    _draw(whole, spec, starts=(0, 0), seed=1, device=device)
     for start, stop in ((0, 3), (3, 10), (10, 10), (10, 19)):
         part = torch.empty((stop - start, spec.shape[1]))
-        _draw_normal(part, spec, first_row=start, seed=1, device=device)
+        _draw(part, spec, starts=(start, 0), seed=1, device=device)
         assert torch.equal(part, whole[start:stop])
     assert float(whole.std()) == pytest.approx(0.5, rel=1e-3)
     assert not torch.equal(whole[0], whole[4])  # blocks are drawn apart

@@ -229,3 +229,17 @@ def test_the_loss_holds_as_many_logits_as_it_does() -> None:
     few = dataclasses.replace(planned.model, max_context_width=16)
     short = memory.logits(dataclasses.replace(planned, model=few)).num_bytes
     assert short == 4 * 128_256 * 4096 + 2 * (64 + 4096) * 128_256
+
+
+def test_beside_frozen_weights_only_adapters_have_gradients_and_moments() -> None:
+    """Llama-3-8B, rank 16 on all matrices of the blocks: 41,943,040 numbers are trained, as PEFT counts them."""
+    planned = job("llama3_8b", lora_r=16, num_nodes=1)
+    assert planned.trained.total == 41_943_040
+    start = {term.name: term.num_bytes for term in memory.gpu_moments(planned)[0].terms}
+    assert start["weights"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert start["adapters"] == start["optimizer"] / 2 == pytest.approx(4 * 41_943_040 / 8, rel=0.01)
+    assert memory.state_bytes(planned) == 12 * 41_943_040
+    terms = {term.name for moment in memory.gpu_moments(planned) for term in moment.terms if term.num_bytes}
+    assert not terms & {"the head's gradient", "the root's gradients"}
+    dropped = memory.saved_by_token(job("llama3_8b", lora_r=16, lora_dropout=0.1)).whole
+    assert dropped > memory.saved_by_token(planned).whole > memory.saved_by_token(job("llama3_8b")).whole

@@ -130,3 +130,13 @@ def test_an_unknown_peak_is_refused_with_the_flag() -> None:
 def test_attention_is_chosen_as_training_chooses_it(flags: dict[str, Any]) -> None:
     planned, config = job("llama3_8b", **flags), config_of("llama3_8b", **flags)
     assert planned.attention_path == choose_attention(config, planned.model, torch.device("cuda")).path
+
+
+def test_frozen_weights_cost_two_thirds_of_the_products() -> None:
+    """2 forward and 2 for the inputs' gradients, of 6 FLOPs a parameter; with recomputation 6 again, of 8."""
+    for kind, share in {"none": 4 / 6, "full": 6 / 8}.items():
+        whole = steps.work_of(job("llama2_7b", activation_checkpointing=kind))
+        frozen = steps.work_of(job("llama2_7b", activation_checkpointing=kind, lora_r=8))
+        assert frozen.products == pytest.approx(share * whole.products, rel=0.015)
+        assert frozen.attention == whole.attention
+        assert frozen.network < 0.8 * whole.network

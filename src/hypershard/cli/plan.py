@@ -147,7 +147,8 @@ def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | C
     job, sizes = made.job, made.sizes
     machine = job.instance
     active = "" if sizes.active == sizes.total else f", of which a token uses {sizes.active:,}"
-    yield f"model    {question.name} ({job.model.model_type}): {sizes.total:,} parameters{active}"
+    trained = f"; {job.trained.total:,} in adapters are trained" if job.has_adapters else ""
+    yield f"model    {question.name} ({job.model.model_type}): {sizes.total:,} parameters{active}{trained}"
     yield (
         f"job      {job.num_nodes} x {machine.name} ({machine.num_gpus} x {machine.gpu.name}), "
         f"{job.parallel.sharding_strategy} sharding over {job.shard_degree}, {job.attention_path} attention"
@@ -223,7 +224,9 @@ def _time_lines(made: Plan, facts: DataFacts | None) -> Iterator[str]:
         tokens = format_count(made.num_steps * made.job.step_tokens)
         duration = format_seconds(made.hours * 3600)
         steps = f"{made.num_steps:,} steps, {tokens} tokens"
-        is_new = made.job.train.init_from == "scratch" and not (facts and facts.is_fine_tuning)
+        is_new = made.job.train.init_from == "scratch" and not (
+            made.job.has_adapters or (facts and facts.is_fine_tuning)
+        )
         if is_new and made.sizes.active == made.sizes.total:
             unique_tokens = None if facts is None else facts.num_tokens
             law = predicted_loss(

@@ -67,6 +67,7 @@ def _job(config: Config, namespace: argparse.Namespace, facts: DataFacts | None)
         model=with_vocabulary(config, ids_of_data=None if facts is None else facts.vocab_size),
         data=config.data,
         parallel=config.parallel,
+        adapters=config.adapters,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=instance(namespace.instance),

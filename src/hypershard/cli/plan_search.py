@@ -150,6 +150,7 @@ def _template(namespace: argparse.Namespace, config: Config, space: Space) -> Jo
         model=config.model,
         data=data,
         parallel=config.parallel,
+        adapters=config.adapters,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=dataclasses.replace(space.instances[0], num_gpus=1),

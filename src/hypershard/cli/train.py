@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.targets import adapter_targets
 from ..config.checks import check
 from ..config.flags import HelpFormatter, add_settings, parse
 from ..config.schema import Config
@@ -82,6 +83,7 @@ def resolve_arguments(namespace: argparse.Namespace) -> tuple[Resolved, str]:
             sources[name] = f"family {model.model_type}"
     config = dataclasses.replace(resolved.config, model=model)
     check(config)
+    adapter_targets(model, config.adapters)  # refuses names that mean nothing in this model
     return Resolved(config, sources), Path(model_name).stem if model_name else model.model_type
 
 
@@ -208,8 +210,13 @@ def _build_and_train(
         event=event,
     )
     job.data.loader.close()
-    loss = "" if outcome.validation_loss is None else f", validation loss {outcome.validation_loss:.4f}"
-    logger.info(f"done after step {outcome.progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
+    progress, loss = outcome.progress, ""
+    if progress.validation_loss is not None and progress.best is not None:
+        best = (
+            "" if progress.best.step == progress.step else f", lowest {progress.best.loss:.4f} at {progress.best.step}"
+        )
+        loss = f", validation loss {progress.validation_loss:.4f}{best}"
+    logger.info(f"done after step {progress.step} ({outcome.reason}){loss}; everything is in {run_dir}")
 
 
 def _checkpoint_dir(config: Config, run_dir: Path) -> Path:

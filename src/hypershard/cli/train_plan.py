@@ -139,6 +139,7 @@ def _plan_here(config: Config, model: ModelConfig, world: World, last_step: int)
         model=model,
         data=dataclasses.replace(config.data, epochs=None),
         parallel=config.parallel,
+        adapters=config.adapters,
         checkpoint=config.checkpoint,
         train=dataclasses.replace(config.train, max_steps=last_step),
         instance=machine,

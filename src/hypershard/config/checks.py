@@ -5,8 +5,10 @@ A family's own rules (heads, experts, rope) live in that family's file under mod
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..errors import ConfigError
-from .schema import Config, DataConfig, ModelConfig, ParallelConfig
+from .schema import AdapterConfig, Config, DataConfig, ModelConfig, ParallelConfig
 
 # What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
 # Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
@@ -66,11 +68,30 @@ def check(config: Config) -> None:
             "--eval_only=1 would validate untrained weights; add --resume_from_checkpoint, or --init_from with a "
             "model's folder"
         )
+    _check_adapters(config)
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
             f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}, which would cut the "
             f"decay of wsd; lower --lr_decay_iters"
         )
+
+
+def _check_adapters(config: Config) -> None:
+    adapters = config.adapters
+    if not adapters.lora_r:
+        for field in dataclasses.fields(AdapterConfig):
+            if getattr(adapters, field.name) != field.default:
+                raise ConfigError(
+                    f"--{field.name}={getattr(adapters, field.name)} acts only with adapters, and --lora_r=0 makes "
+                    f"none; give --lora_r (16 is usual) or drop the flag"
+                )
+    elif config.train.init_from == "resume":
+        raise ConfigError(
+            "--init_from=resume: a checkpoint of --lora_r holds the adapters alone; give the folder of the model they "
+            "were trained beside as --init_from, and --resume_from_checkpoint"
+        )
+    if adapters.lora_dropout == 1:
+        raise ConfigError("--lora_dropout=1 leaves the adapters no input; choose less, 0.05 or 0.1 are usual")
 
 
 def check_world(parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> None:

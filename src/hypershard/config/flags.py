@@ -22,6 +22,7 @@ _TITLES = {
     "parallel": "parallel: how the model is spread, what is traded for memory",
     "train": "train: how long, how often, from where",
     "checkpoint": "checkpoint: what survives, where, how often",
+    "adapters": "adapters: LoRA, for fine-tuning with little memory",
     "report": "report: where the run lives and its numbers go",
 }
 

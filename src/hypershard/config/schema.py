@@ -241,7 +241,19 @@ class TrainConfig:
         None, "steps between validations; default: only at the end", minimum=1, unit="steps"
     )
     validation_batches: int = setting(10, "batches per GPU in one validation", minimum=1)
-    init_from: str = setting("scratch", "'scratch', 'resume' (a checkpoint must exist), or a Hugging Face model folder")
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many validations in a row without a lower loss; default: never", minimum=1
+    )
+    early_stopping_min_gain: float = setting(
+        0.0,
+        "share by which a validation loss must be lower than the lowest before it to count as lower",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    init_from: str = setting(
+        "scratch",
+        "'scratch', 'resume' (a checkpoint must exist), or a Hugging Face model: a folder, s3:// URI or hub name",
+    )
     eval_only: bool = setting(False, "validate once and stop")
     force: bool = setting(False, "start although the plan says that it does not fit into memory")
     peak_tflops_per_gpu: float | None = setting(
@@ -264,6 +276,10 @@ class CheckpointConfig:
     )
     checkpoint_minutes: float | None = setting(
         None, "also save (to checkpoint_dir and S3) when the last save is so long ago", minimum=0.01, unit="minutes"
+    )
+    keep_best: bool = setting(
+        False,
+        "save at each validation whose loss is the lowest so far, and keep the newest of these whatever else goes",
     )
     keep_checkpoints: int = setting(3, "newest checkpoints kept in checkpoint_dir; older ones are deleted", minimum=1)
     async_checkpointing: bool = setting(True, "write checkpoints beside the training, from a copy in host memory")
@@ -325,6 +341,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA (arXiv 2106.09685): small matrices beside the model's weights are trained, the weights stay as they are."""
+
+    lora_r: int = setting(0, "rank of the adapters: only they are trained; 0: no adapters, all weights are", minimum=0)
+    lora_alpha: float = setting(16.0, "adapters count lora_alpha / lora_r times", minimum=0.0)
+    lora_dropout: float = setting(0.0, "dropout on the adapters' inputs", minimum=0.0, maximum=1.0)
+    lora_targets: str = setting(
+        "all-linear",
+        "weights that get adapters: all-linear (every matrix of the blocks, of experts too; not routers, embedding and "
+        "output head), or names with commas between, such as q_proj,v_proj or mlp.experts.down_proj",
+    )
+    lora_rslora: bool = setting(False, "rank-stabilised: adapters count lora_alpha / sqrt(lora_r) times")
+    lora_init_from: str | None = setting(
+        None, "folder of an adapter in PEFT's format to start from; default: adapters that change nothing yet"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Where numbers go besides <run_dir>/metrics.jsonl."""
 
@@ -345,6 +379,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    adapters: AdapterConfig = AdapterConfig()
     report: ReportConfig = ReportConfig()
 
 

@@ -43,8 +43,8 @@ class ParameterSpec:
 
     name: str
     shape: tuple[int, ...]
-    init: str  # "normal" | "zeros" | "ones"
-    std: float = 0.0  # of "normal"
+    init: str  # "normal" | "uniform" (around 0) | "zeros" | "ones"
+    std: float = 0.0  # of "normal" and "uniform"
     decay: bool = True  # False for norms and biases, which weight decay never touches
     active_share: float = 1.0  # share of the tensor one token uses (experts: experts_per_token / num_experts)
 
@@ -54,6 +54,31 @@ class ParameterSpec:
         for size in self.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight inside the blocks that activations are multiplied by, or one of each expert in one tensor."""
+
+    spec: ParameterSpec
+    inputs_first: bool  # [.., in, out] instead of [.., out, in]
+
+    @property
+    def name(self) -> str:
+        """What it is called in the model: its module's name, or its own where one module holds several."""
+        return self.spec.name.removesuffix(".weight")
+
+    @property
+    def num_experts(self) -> int | None:
+        return self.spec.shape[0] if len(self.spec.shape) > 2 else None
+
+    @property
+    def width_in(self) -> int:
+        return self.spec.shape[-2 if self.inputs_first else -1]
+
+    @property
+    def width_out(self) -> int:
+        return self.spec.shape[-1 if self.inputs_first else -2]
 
 
 def shard_dimension(shape: Sequence[int], degree: int) -> int:
@@ -87,6 +112,9 @@ class Family:
     # Published values of settings the user left open (all but vocab_size, which the tokenizer decides).
     published: ClassVar[Mapping[str, Any]] = {}
     embedding_names: ClassVar[tuple[str, ...]] = ("model.embed_tokens.weight",)
+    # Ends of names: weights that choose experts, and weights kept as [.., in, out].
+    router_names: ClassVar[tuple[str, ...]] = ()
+    inputs_first_names: ClassVar[tuple[str, ...]] = ()
 
     # --- configuration
 
@@ -152,6 +180,19 @@ class Family:
         Raises ConfigError when vocab_size is open.
         """
         raise NotImplementedError
+
+    def matrices(self, model: ModelConfig) -> list[Matrix]:
+        """The matrices of the blocks, which adapters can be put beside: no embedding, no output head, no router.
+
+        An open vocab_size does not matter.
+        """
+        model = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
+        others = (*self.embedding_names, "lm_head.weight", *self.router_names)
+        return [
+            Matrix(spec, inputs_first=spec.name.endswith(self.inputs_first_names))
+            for spec in self.parameters(model)
+            if len(spec.shape) > 1 and not spec.name.endswith(others)
+        ]
 
     def flops_per_token(self, model: ModelConfig, *, context_tokens: int) -> Flops:
         """FLOPs per trained token of a sequence of `context_tokens`, forward and backward, nothing recomputed.

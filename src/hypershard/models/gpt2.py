@@ -21,6 +21,7 @@ class Gpt2(Family):
     published: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": True}
     # Token table first: when tied it is the head too, and its product counts.
     embedding_names: ClassVar[tuple[str, ...]] = ("transformer.wte.weight", "transformer.wpe.weight")
+    inputs_first_names: ClassVar[tuple[str, ...]] = (".weight",)
 
     def default_intermediate_size(self, model: ModelConfig) -> int:
         return 4 * model.hidden_width

@@ -35,6 +35,8 @@ class Llama4(MoeFamily):
         "num_experts": 16,
         "experts_per_token": 1,
     }
+    router_names: ClassVar[tuple[str, ...]] = (".feed_forward.router.weight",)
+    inputs_first_names: ClassVar[tuple[str, ...]] = (".experts.gate_up_proj", ".experts.down_proj")
 
     def feed_forward_parameters(self, model: ModelConfig, prefix: str) -> list[ParameterSpec]:
         assert model.num_experts and model.experts_per_token and model.intermediate_size

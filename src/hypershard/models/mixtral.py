@@ -43,6 +43,7 @@ class Mixtral(MoeFamily):
         "num_experts": 8,
         "experts_per_token": 2,
     }
+    router_names: ClassVar[tuple[str, ...]] = (".mlp.gate.weight",)
 
     def feed_forward_parameters(self, model: ModelConfig, prefix: str) -> list[ParameterSpec]:
         assert model.num_experts and model.experts_per_token and model.intermediate_size

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts, Llama4TextMoe
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
 
 class BalancedMixtralMoe(MixtralSparseMoeBlock):  # type: ignore[misc]
@@ -47,16 +47,55 @@ class GroupedLlama4Moe(Llama4TextMoe):  # type: ignore[misc]
 
     def _routed(self, tokens: torch.Tensor, scores: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """tokens [N, H], scores and experts [N, k] -> sum over each token's experts [N, H]."""
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)
-        ends = (flat.unsqueeze(1) == torch.arange(self.num_experts, device=flat.device)).sum(0).cumsum(0)
-        ends = ends.to(torch.int32)
+        order, ends = sort_by_expert(experts, self.num_experts)
         # index_select, whose backward adds rows; that of tokens[...] sorts them first.
         rows = tokens.index_select(0, order // self.top_k)
         rows = rows * scores.flatten().index_select(0, order).unsqueeze(1)  # inputs are scaled, not outputs
-        gate, up = grouped_mm(rows, self.experts.gate_up_proj, ends).chunk(2, dim=-1)
-        rows = grouped_mm(up * self.experts.act_fn(gate), self.experts.down_proj, ends)
+        gate, up = self.experts.multiply("gate_up_proj", rows, ends).chunk(2, dim=-1)
+        rows = self.experts.multiply("down_proj", up * self.experts.act_fn(gate), ends)
         return rows.index_select(0, order.argsort()).view(-1, self.top_k, self.hidden_dim).sum(1)
+
+
+class GroupedLlama4Experts(Llama4TextExperts):  # type: ignore[misc]
+    """Llama 4's experts, [num_experts, in, out], as GroupedLlama4Moe calls them."""
+
+    def multiply(self, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Rows sorted by expert, [N, in] -> [N, out], times the weight `name`."""
+        return grouped_mm(rows, getattr(self, name), ends)
+
+
+class GroupedMixtralExperts(MixtralExperts):  # type: ignore[misc]
+    """Mixtral's experts, [num_experts, out, in], whose `multiply` can be overridden; transformers' cannot.
+
+    The same operations as transformers' `grouped_mm` experts, so the same bits.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden_states [N, H], top_k_index and top_k_weights [N, k] -> [N, H]."""
+        num_chosen = top_k_index.shape[-1]
+        order, ends = sort_by_expert(top_k_index, self.num_experts)
+        rows = hidden_states.index_select(0, order // num_chosen)
+        rows = self.multiply("down_proj", self._apply_gate(self.multiply("gate_up_proj", rows, ends)), ends)
+        rows = rows * top_k_weights.flatten().index_select(0, order).unsqueeze(1)
+        mixed = rows.index_select(0, order.argsort()).view(-1, num_chosen, rows.shape[-1]).sum(1)
+        return mixed.to(hidden_states.dtype)
+
+    def multiply(self, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Rows sorted by expert, [N, in] -> [N, out], times the weight `name`."""
+        return grouped_mm(rows, getattr(self, name).transpose(-2, -1), ends)
+
+
+def sort_by_expert(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """experts [N, k] -> the order that puts its N*k assignments one expert after another, and where each one's end.
+
+    The order is int64 [N*k], the ends int32 [num_experts].
+    """
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    ends = (flat.unsqueeze(1) == torch.arange(num_experts, device=flat.device)).sum(0).cumsum(0)
+    return order, ends.to(torch.int32)
 
 
 def grouped_mm(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -137,6 +176,7 @@ def balance_mixtral(hf_model: nn.Module) -> None:
 def group_llama4(hf_model: nn.Module) -> None:
     """Replace Llama 4's blocks by ours, in place."""
     _change_class(hf_model, Llama4TextMoe, GroupedLlama4Moe)
+    _change_class(hf_model, Llama4TextExperts, GroupedLlama4Experts)
 
 
 def _change_class(hf_model: nn.Module, old: type, new: type) -> None:

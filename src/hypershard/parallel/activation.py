@@ -27,19 +27,23 @@ _ALWAYS_KEPT = (
 _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default)
 
 
-def checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Make `block` recompute in backward: everything (`full`) or all but the costly operations (`selective`)."""
+def checkpoint_activations(block: nn.Module, mode: str, *, low_rank: int = 0) -> None:
+    """Make `block` recompute in backward: everything (`full`) or all but the costly operations (`selective`).
+
+    Matrix products over or into at most `low_rank` numbers are adapters': cheap, so they are recomputed, and not
+    counted among those of which every second one is kept.
+    """
     checkpointed = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if mode == "selective":
-        checkpointed = functools.partial(checkpointed, context_fn=_selective_contexts)
+        checkpointed = functools.partial(checkpointed, context_fn=functools.partial(_selective_contexts, low_rank))
     block.forward = checkpointed
 
 
-def _selective_contexts() -> Any:
+def _selective_contexts(low_rank: int) -> Any:
     num_products = {"forward": 0, "recompute": 0}  # counted apart: recomputation meets the same sequence again
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in _MATRIX_PRODUCTS:
+        if operation in _MATRIX_PRODUCTS and min(args[1].shape[-2:]) > low_rank:
             phase = "recompute" if context.is_recompute else "forward"
             num_products[phase] += 1
             kept = num_products[phase] % 2 == 1

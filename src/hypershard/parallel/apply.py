@@ -16,12 +16,19 @@ from .offload import offload_activations
 
 
 def apply(
-    root: nn.Module, blocks: Sequence[nn.Module], *, mesh: DeviceMesh, parallel: ParallelConfig, device: torch.device
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    *,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    device: torch.device,
+    low_rank: int = 0,
 ) -> ShardedModule:
     """Checkpoint, offload, compile, shard and materialise `root`, whose parameters are on the meta device.
 
-    The parameters come back uninitialised (see `init.initialise`), in float32, sharded over `mesh`.
+    The parameters come back uninitialised (see `init.initialise`), in the dtypes they had, sharded over `mesh`.
 
+    0. adapters of rank `low_rank` are in `root` already (adapters/lora.py), so that all that follows meets them;
     1. activation checkpointing, inside everything else, so that recomputation is of the model's own code;
     2. activation offload around it, so that it meets only what checkpointing keeps;
     3. compile of the result, so that the compiler sees recomputation; hooks of FSDP2 stay outside;
@@ -30,7 +37,7 @@ def apply(
     """
     for block in blocks:
         if parallel.activation_checkpointing != "none":
-            checkpoint_activations(block, parallel.activation_checkpointing)
+            checkpoint_activations(block, parallel.activation_checkpointing, low_rank=low_rank)
         if parallel.offload_activations:
             offload_activations(block)
         if parallel.compile:

@@ -11,7 +11,8 @@ because backward starts where forward ended; the last block stays gathered for t
 | zero1  | whole, gathered once     | whole   | L+1     | L+1       | 0 |
 | none   | whole, never sharded     | whole   | 0       | 0         | L+1 |
 
-These are the minima: each row's memory contract leaves no collective out. tests/parallel counts them.
+These are the minima: each row's memory contract leaves no collective out. tests/parallel counts them. Where all of the
+root is frozen, beside adapters, its gradients are in no row: L reduce-scatters or all-reduces instead of L+1.
 """
 
 from __future__ import annotations

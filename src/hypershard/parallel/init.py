@@ -8,6 +8,7 @@ draws only the blocks that touch its rows, of which it keeps its part.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,13 +47,13 @@ def initialise(
     for spec in specs:
         parameter = parameters[spec.name]
         local, starts = local_part(parameter)
-        if spec.init == "normal":
-            _draw_normal(local, spec, starts=starts, seed=seed, device=device)
+        if spec.init in ("normal", "uniform"):
+            _draw(local, spec, starts=starts, seed=seed, device=device)
         else:
             local.fill_({"zeros": 0.0, "ones": 1.0}[spec.init])
 
 
-def _draw_normal(
+def _draw(
     local: torch.Tensor, spec: ParameterSpec, *, starts: tuple[int, ...], seed: int, device: torch.device
 ) -> None:
     first_row = starts[0]
@@ -69,7 +70,13 @@ def _draw_normal(
         num_rows = min(rows_per_block, spec.shape[0] - start)
         key = hashlib.blake2b(f"{seed}/{spec.name}/{block}".encode(), digest_size=8).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
-        drawn = torch.randn((num_rows, *row_shape), generator=generator, device=device).mul_(spec.std)
+        draw = torch.randn if spec.init == "normal" else _uniform
+        drawn = draw((num_rows, *row_shape), generator=generator, device=device).mul_(spec.std)
         stop = min(end, start + num_rows)
         local[row - first_row : stop - first_row].copy_(drawn[(slice(row - start, stop - start), *within)])
         row = stop
+
+
+def _uniform(shape: tuple[int, ...], *, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Evenly spread around 0 with a standard deviation of 1, that is, between -sqrt(3) and sqrt(3)."""
+    return torch.rand(shape, generator=generator, device=device).sub_(0.5).mul_(math.sqrt(12))

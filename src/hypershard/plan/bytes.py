@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ..adapters.targets import adapter_targets
 from ..config.schema import ModelConfig
 from .job import Job, Sizes, sizes_of
 
@@ -120,7 +121,7 @@ def saved_by_token(job: Job) -> Saved:
     108,680 bytes). Selective checkpointing's own results wait in a table of its own and are not offloaded.
     """
     model, size = job.model, job.number_bytes
-    whole = _whole(model, size, is_compiled=job.parallel.compile) + _dense_attention(job)
+    whole = _whole(model, size, is_compiled=job.parallel.compile) + _dense_attention(job) + _by_adapters(job)
     block_input = float(size * model.hidden_width)
     kind = job.parallel.activation_checkpointing
     if kind == "none":
@@ -130,6 +131,20 @@ def saved_by_token(job: Job) -> Saved:
     else:
         kept, movable = min(whole, block_input + _kept_by_selective(model, size)), block_input
     return Saved(whole=whole, kept=kept, on_host=movable if job.parallel.offload_activations else 0.0)
+
+
+def _by_adapters(job: Job) -> float:
+    """What adapters add per token and block: x A^T, and with dropout what it leaves of x and which of it, in bytes.
+
+    An upper bound: what the frozen product alone would have saved is not taken off.
+    """
+    adapters, size = job.adapters, job.number_bytes
+    total = 0.0
+    for target in adapter_targets(job.model, adapters):
+        uses = target.matrix.spec.active_share * (target.matrix.num_experts or 1)  # of a token, one per expert
+        dropped = (size + 1) * target.matrix.width_in if adapters.lora_dropout else 0
+        total += uses * (size * adapters.lora_r + dropped)
+    return total / job.model.num_layers
 
 
 def _dense_attention(job: Job) -> float:
@@ -203,9 +218,9 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
     activations = Term("activations", kept * layers)
     norm = Term("final norm and its gradient", (4 + 3 * job.number_bytes) * job.model.hidden_width * tokens)
     mask = _mask(job)
-    gathered, carried = _gathered(job, sizes), _carried_gradients(job, sizes)
+    gathered, carried = _gathered(job, sizes), _carried_gradients(job)
     fetched = _gather_buffers(job, sizes.block / job.shard_degree + sizes.block)
-    head = Term("the head's gradient", job.number_bytes * (job.model.vocab_size or 0) * job.model.hidden_width)
+    head = Term("the head's gradient", job.number_bytes * _head_gradient(job))
     return (
         Moment("start", static),
         Moment("first block", (*static, *_first_gathered(job, sizes), *mask, *carried)),
@@ -218,7 +233,7 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
                 *fetched,
                 activations,
                 *mask,
-                *_one_block(job, sizes, saved, given_back=kept),
+                *_one_block(job, saved, given_back=kept),
                 head,
                 *carried,
             ),
@@ -229,14 +244,14 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
                 *static,
                 _running(job, sizes),
                 *mask,
-                *_one_block(job, sizes, saved, given_back=0.0),
+                *_one_block(job, saved, given_back=0.0),
                 head,
-                *_gradients(job, sizes),
+                *_gradients(job),
             ),
         ),
         Moment(
             "end of backward",
-            (*static, *_root_reduced(job, sizes), *_gradients(job, sizes)),
+            (*static, *_root_reduced(job, sizes), *_gradients(job)),
             _hole(job, sizes, freed=activations.num_bytes + norm.num_bytes + logits(job).num_bytes),
         ),
         # Saves copy shards straight into host memory, and restores fill the tensors that are there.
@@ -249,16 +264,25 @@ def logits(job: Job) -> Term:
     """The loss's chunk of logits with its temporaries, and the head's gradient summed in float32 (train/loss.py)."""
     vocab, size = job.model.vocab_size or 0, job.number_bytes
     chunk = min(max(1, CHUNK_NUMEL // vocab), job.micro_tokens) * vocab
-    weight = vocab * job.model.hidden_width
+    weight = _head_gradient(job)
     # Float32 logits and logsumexp's copy of them; later their gradient and the chunk's share of the weight's.
     return Term("logits", 4 * weight + max(8 * chunk, size * (chunk + weight)))
+
+
+def _head_gradient(job: Job) -> int:
+    """Numbers in the output head's gradient; a frozen one has none."""
+    return 0 if job.has_adapters else (job.model.vocab_size or 0) * job.model.hidden_width
 
 
 def _static(job: Job, sizes: Sizes) -> tuple[Term, ...]:
     if job.parallel.cpu_offload:
         return ()
-    shard = sizes.shard(job.shard_degree)
-    return Term("weights", _MASTER_BYTES * shard, lasts=True), Term("optimizer", _MOMENT_BYTES * shard, lasts=True)
+    trained = job.trained.shard(job.shard_degree)
+    optimizer = Term("optimizer", _MOMENT_BYTES * trained, lasts=True)
+    if not job.has_adapters:
+        return Term("weights", _MASTER_BYTES * trained, lasts=True), optimizer
+    frozen = job.number_bytes * sizes.shard(job.shard_degree)  # held as they are computed with (train/setup.py)
+    return Term("weights", frozen, lasts=True), Term("adapters", _MASTER_BYTES * trained, lasts=True), optimizer
 
 
 def _keeps_gathered(job: Job) -> bool:
@@ -290,22 +314,22 @@ def _gather_buffers(job: Job, numel: float) -> list[Term]:
     return [Term("all-gather buffers", job.number_bytes * numel, "gather")]
 
 
-def _gradients(job: Job, sizes: Sizes) -> list[Term]:
-    shard = 0 if job.parallel.cpu_offload else sizes.shard(job.shard_degree)
+def _gradients(job: Job) -> list[Term]:
+    shard = 0 if job.parallel.cpu_offload else job.trained.shard(job.shard_degree)
     return [Term("gradients", _REDUCE_BYTES * shard, "reduce", lasts=True)]
 
 
-def _carried_gradients(job: Job, sizes: Sizes) -> list[Term]:
+def _carried_gradients(job: Job) -> list[Term]:
     """What earlier micro-steps leave: whole gradients where they are reduced once a step, else shards of them."""
     if job.accumulation == 1:
         return []
     if job.parallel.sharding_strategy in ("zero1", "none"):
-        return [Term("gradients", _REDUCE_BYTES * sizes.total, lasts=True)]
+        return [Term("gradients", _REDUCE_BYTES * job.trained.total, lasts=True)]
     # The buffer of the last reduction, the root's, lives until a block's takes its place.
-    return [*_gradients(job, sizes), Term("the root's gradients", _REDUCE_BYTES * sizes.root)]
+    return [*_gradients(job), Term("the root's gradients", _REDUCE_BYTES * job.trained.root)]
 
 
-def _one_block(job: Job, sizes: Sizes, saved: Saved, *, given_back: float) -> list[Term]:
+def _one_block(job: Job, saved: Saved, *, given_back: float) -> list[Term]:
     """The block whose backward runs: what is computed or fetched again, and gradients on their way out.
 
     The worst is either the last block, or one before it while the gradients of the one behind are reduced, or the end
@@ -314,7 +338,7 @@ def _one_block(job: Job, sizes: Sizes, saved: Saved, *, given_back: float) -> li
     hidden, _, _, inner = _widths(job.model)
     again = (saved.whole - saved.kept + saved.on_host) * job.micro_tokens
     passing = job.number_bytes * (2 * inner + 4 * hidden) * job.micro_tokens
-    own, reduced = job.number_bytes * sizes.block, _REDUCE_BYTES * sizes.block
+    own, reduced = job.number_bytes * job.trained.block, _REDUCE_BYTES * job.trained.block
     # Experts' gradients come while most of what is kept is still there; those of dense blocks while it goes.
     early = own if job.model.num_experts else 0
     gradients = max(0.0, reduced + early - given_back, reduced + own - given_back - again - passing)
@@ -330,6 +354,8 @@ def _root_reduced(job: Job, sizes: Sizes) -> list[Term]:
 
     A head that is the embedding has two gradients and their sum, before the weights are given back.
     """
+    if job.has_adapters:
+        return [Term("gathered weights", job.number_bytes * sizes.root)]
     if job.model.tie_word_embeddings:
         return [
             Term("gathered weights", job.number_bytes * sizes.root),
@@ -346,7 +372,7 @@ def _hole(job: Job, sizes: Sizes, *, freed: float) -> float:
     """What the root's reduction cannot use: its buffer is one piece, and where it is larger than what forward and the
     loss had taken (`freed`), below the head's gradient, it goes behind that. The embedding's gradient still finds room.
     """
-    if _keeps_gathered(job) or job.model.tie_word_embeddings or _REDUCE_BYTES * sizes.root <= freed:
+    if job.has_adapters or _keeps_gathered(job) or job.model.tie_word_embeddings or _REDUCE_BYTES * sizes.root <= freed:
         return 0.0
     return freed + _running(job, sizes).num_bytes - job.number_bytes * sizes.root / 2
 
@@ -385,8 +411,8 @@ def gpu_fit(job: Job, moments: tuple[Moment, ...]) -> Fit:
 
 
 def state_bytes(job: Job) -> int:
-    """Bytes of one whole checkpoint: weights and moments, once."""
-    return _STATE_BYTES * sizes_of(job.model).total
+    """Bytes of one whole checkpoint: trained weights and their moments, once."""
+    return _STATE_BYTES * job.trained.total
 
 
 def num_slots(job: Job) -> int:
@@ -404,11 +430,12 @@ def num_slots(job: Job) -> int:
 
 def host_terms(job: Job) -> tuple[Term, ...]:
     """Bytes of one node's host memory at their most."""
-    ranks, shard = job.instance.num_gpus, sizes_of(job.model).shard(job.shard_degree)
-    slot = _STATE_BYTES * shard
+    ranks, trained = job.instance.num_gpus, job.trained.shard(job.shard_degree)
+    slot = _STATE_BYTES * trained
     in_memory = bool(job.checkpoint.in_memory_checkpointing_freq)
     copies = min(job.checkpoint.num_memory_copies, job.num_nodes - 1) if in_memory else 0
-    offloaded = (_STATE_BYTES + _REDUCE_BYTES) * shard if job.parallel.cpu_offload else 0
+    frozen = job.number_bytes * sizes_of(job.model).shard(job.shard_degree) if job.has_adapters else 0
+    offloaded = frozen + (_STATE_BYTES + _REDUCE_BYTES) * trained if job.parallel.cpu_offload else 0
     activations = saved_by_token(job).on_host * job.micro_tokens * job.model.num_layers
     return (
         Term("processes", ranks * _PROCESS_BYTES * job.has_gpus, "ram"),  # on a CPU they are the ranks' own memory

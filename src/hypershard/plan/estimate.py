@@ -136,7 +136,7 @@ def plan(
     return Plan(
         job=job,
         sizes=sizes_of(job.model),
-        flops_per_token=flops_of(job.model).total,
+        flops_per_token=flops_of(job.model, job.adapters).total,
         memory=needed,
         remedy=find_remedy(job) if needed.verdict == "does not fit" else None,
         step=step,
@@ -278,6 +278,7 @@ def as_dict(made: Plan) -> dict[str, Any]:
             "vocab_size": job.model.vocab_size,
             "parameters": made.sizes.total,
             "active_parameters": made.sizes.active,
+            "trained_parameters": job.trained.total,
             "flops_per_token": made.flops_per_token,
         },
         "job": {

@@ -6,13 +6,14 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from ..adapters.targets import adapter_specs, adapter_targets, trained_flops
 from ..catalog.instances import Instance
 from ..config.checks import accumulation_steps, flash_obstacle
-from ..config.schema import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from ..models.base import Flops, shard_dimension
+from ..config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from ..models.base import Flops, ParameterSpec, shard_dimension
 from ..models.family import family_of
 from .here import CPU
 
@@ -44,14 +45,22 @@ class Sizes:
 @functools.lru_cache(maxsize=16)
 def sizes_of(model: ModelConfig) -> Sizes:
     """The sizes of `model`. Raises ConfigError while vocab_size is open."""
-    specs = family_of(model.model_type).parameters(model)
+    return _sizes(family_of(model.model_type).parameters(model))
+
+
+@functools.lru_cache(maxsize=16)
+def _adapter_sizes(model: ModelConfig, adapters: AdapterConfig) -> Sizes:
+    return _sizes(adapter_specs(adapter_targets(model, adapters)))
+
+
+def _sizes(specs: Sequence[ParameterSpec]) -> Sizes:
     blocks: Counter[str] = Counter()
     shapes: Counter[tuple[int, ...]] = Counter()
     for spec in specs:
         found = _BLOCK.search(spec.name)
         blocks[found.group(1) if found else ""] += spec.numel
         shapes[spec.shape] += 1
-    root = blocks.pop("")
+    root = blocks.pop("", 0)
     return Sizes(
         total=root + blocks.total(),
         active=round(sum(spec.numel * spec.active_share for spec in specs)),
@@ -62,9 +71,9 @@ def sizes_of(model: ModelConfig) -> Sizes:
 
 
 @functools.lru_cache(maxsize=16)
-def flops_of(model: ModelConfig) -> Flops:
+def flops_of(model: ModelConfig, adapters: AdapterConfig) -> Flops:
     """FLOPs of a trained token at the model's context. Raises ConfigError while vocab_size is open."""
-    return family_of(model.model_type).flops_per_token(model, context_tokens=model.max_context_width)
+    return trained_flops(model, adapters, context_tokens=model.max_context_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,17 @@ class Job:
     train: TrainConfig
     instance: Instance
     num_nodes: int
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether only adapters are trained, beside weights that are frozen."""
+        return self.adapters.lora_r > 0
+
+    @property
+    def trained(self) -> Sizes:
+        """Sizes of what is trained: all weights, or the adapters."""
+        return _adapter_sizes(self.model, self.adapters) if self.has_adapters else sizes_of(self.model)
 
     @property
     def num_gpus(self) -> int:

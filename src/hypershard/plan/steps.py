@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog.bus_bandwidth import bus_bandwidth
+from ..config.schema import AdapterConfig
 from ..errors import ConfigError
 from .bytes import saved_by_token
 from .job import Job, flops_of, sizes_of
@@ -103,7 +104,7 @@ def step_time(job: Job) -> StepTime:
         parts=parts,
         tokens=job.step_tokens,
         num_gpus=job.num_gpus,
-        mfu=job.step_tokens * flops_of(job.model).total / (seconds * job.num_gpus * peak_flops(job)),
+        mfu=job.step_tokens * flops_of(job.model, job.adapters).total / (seconds * job.num_gpus * peak_flops(job)),
         band=band,
         assumptions=(*assumptions, *talking.assumptions),
     )
@@ -141,17 +142,18 @@ def _factors(job: Job) -> tuple[Mapping[str, float], float, list[str]]:
 def work_of(job: Job) -> Work:
     """Seconds of one micro-step at peak rates: FLOPs over the GPU's peak, bytes over its memory's bandwidth."""
     model, tokens = job.model, job.micro_tokens
-    flops = flops_of(model)
+    flops = flops_of(model, job.adapters)
     vocab = model.vocab_size or 0
-    head = 6.0 * vocab * model.hidden_width  # of the matmul FLOPs; the loss keeps its gradient and recomputes nothing
-    again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing] / 3
+    # Forward of the blocks alone; the loss keeps its gradient and recomputes nothing.
+    forward = (flops_of(model, AdapterConfig()).matmul - 6.0 * vocab * model.hidden_width) / 3
+    again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
     attended_again = 1 / 3 if job.parallel.activation_checkpointing == "full" else 0.0
     # A mask leaves dense attention the whole square; flash attention skips the half that is masked.
     square = 2.0 if job.attention_path == "dense" and job.data.document_mask else 1.0
     peak, bandwidth = peak_flops(job), job.instance.gpu.memory_tb_per_second * 1e12
     recomputed = job.parallel.activation_checkpointing != "none"
     return Work(
-        products=tokens * (flops.matmul + again * (flops.matmul - head)) / peak,
+        products=tokens * (flops.matmul + again * forward) / peak,
         attention=tokens * flops.attention * (1 + attended_again) * square / peak,
         memory=tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed) / bandwidth,
         logits=tokens * vocab * _LOGIT_BYTES / bandwidth,
@@ -161,7 +163,7 @@ def work_of(job: Job) -> Work:
 
 def _optimizer_seconds(job: Job) -> float:
     """AdamW is bound by memory: the GPU's, or with --cpu_offload the host's, shared by the node's ranks."""
-    numbers = _OPTIMIZER_BYTES * sizes_of(job.model).shard(job.shard_degree)
+    numbers = _OPTIMIZER_BYTES * job.trained.shard(job.shard_degree)
     if job.parallel.cpu_offload:
         return numbers * job.instance.num_gpus / (coefficients()["host_gb_per_second"] * 1e9)
     return numbers / (job.instance.gpu.memory_tb_per_second * 1e12)
@@ -171,8 +173,12 @@ def _offload_seconds(job: Job) -> float:
     """Transfers of one micro-step between GPU and host, which nothing here hides."""
     rate = host_bytes_per_second(job)
     activations = 2 * saved_by_token(job).on_host * job.micro_tokens * job.model.num_layers
-    # Shards go to the GPU for forward and for backward, gradients come back, all in float32.
-    weights = 3 * 4 * sizes_of(job.model).shard(job.shard_degree) if job.parallel.cpu_offload else 0
+    if not job.parallel.cpu_offload:
+        return activations / rate
+    # Shards go to the GPU for forward and for backward, gradients come back: in float32, but what is frozen.
+    weights = 3 * 4 * job.trained.shard(job.shard_degree)
+    if job.has_adapters:
+        weights += 2 * job.number_bytes * sizes_of(job.model).shard(job.shard_degree)
     return (activations + weights) / rate
 
 
@@ -188,7 +194,7 @@ def host_bytes_per_second(job: Job) -> float:
 def communication(job: Job) -> Communication:
     """Seconds of the collectives of parallel/fsdp.py's table, and what is assumed of the network."""
     sizes, layers = sizes_of(job.model), job.model.num_layers
-    block, root, number = sizes.block, sizes.root, job.number_bytes
+    block, root, number, trained = sizes.block, sizes.root, job.number_bytes, job.trained
     degree = job.shard_degree
     nodes = max(1, math.ceil(degree / job.instance.num_gpus))
     rate, assumptions = _bandwidth(job, nodes)
@@ -204,17 +210,18 @@ def communication(job: Job) -> Communication:
     copied, more = 0.0, list[str]()
     if replicas > 1:
         wide, more = _bandwidth(job, job.num_nodes)
-        shard = 4.0 * sizes.total / degree
+        shard = 4.0 * trained.total / degree
         copied = 2 * _moved(shard / layers, replicas, wide, job.num_nodes) * layers
     # Per micro-step: gathered twice (full, hybrid), and reduced unless once a step will do (zero1, none).
     gathers = 2 * layers * gather(block) if strategy in ("full", "hybrid") else 0.0
-    reduces = layers * reduce(block) if strategy in ("full", "hybrid", "zero2") else 0.0
+    reduces = layers * reduce(trained.block) if strategy in ("full", "hybrid", "zero2") else 0.0
     once = copied
-    exposed = gather(root) + reduce(root) if strategy in ("full", "hybrid") else reduce(root) * (strategy == "zero2")
+    exposed = gather(root) if strategy in ("full", "hybrid") else 0.0
+    exposed += reduce(trained.root) if strategy in ("full", "hybrid", "zero2") else 0.0
     if strategy in ("zero1", "zero2"):
         once += layers * gather(block) + gather(root)
     if strategy == "zero1":
-        once += layers * reduce(block) + reduce(root)
+        once += layers * reduce(trained.block) + reduce(trained.root)
     return Communication(
         hidden=gathers + reduces, exposed=exposed, once=once / 2, assumptions=(*dict.fromkeys((*assumptions, *more)),)
     )
@@ -229,7 +236,7 @@ def _gather_share(job: Job) -> float:
 
 def _moved(num_bytes: float, degree: int, gb_per_second: float, nodes: int) -> float:
     """Seconds of one pass of `num_bytes` around `degree` ranks."""
-    if degree == 1:
+    if degree == 1 or not num_bytes:
         return 0.0
     curve = coefficients()["collectives"]["share_by_mib" + ("_one_node" if nodes == 1 else "_nodes")]
     points = [(float(size), share) for size, share in curve.items()]

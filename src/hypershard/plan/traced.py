@@ -95,7 +95,7 @@ def traced_memory(job: Job, *, cache_dir: Path | None, timeout_seconds: float = 
     """Trace `job`, or find the answer kept in `cache_dir` (None: nothing is kept).
 
     Raises CannotTrace where torch is missing, the process ends without an answer or takes longer than
-    `timeout_seconds`, and for what has no trace: compiled blocks, and a machine without GPUs.
+    `timeout_seconds`, and for what has no trace: compiled blocks, adapters, and a machine without GPUs.
     """
     _refuse(job)
     started_at = time.monotonic()
@@ -131,6 +131,8 @@ def traced_memory(job: Job, *, cache_dir: Path | None, timeout_seconds: float = 
 def _refuse(job: Job) -> None:
     if job.parallel.compile:
         raise CannotTrace("--compile=1 cannot be traced: what a compiled block keeps is known when it is compiled")
+    if job.has_adapters:
+        raise CannotTrace("adapters (--lora_r) are not traced yet; the closed form counts them")
     if not job.has_gpus:
         raise CannotTrace(f"{job.instance.name} has no GPU, and the trace is of a GPU's memory")
 

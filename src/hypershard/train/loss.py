@@ -54,7 +54,8 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[label], labels of -100 left out.
 
-    hidden [N, H], weight [V, H] of one floating dtype, labels int64 [N]; returns a float32 scalar.
+    hidden [N, H], weight [V, H] of one floating dtype, labels int64 [N]; returns a float32 scalar. A gradient that is
+    not asked for, as that of a frozen head, is neither computed nor held.
     """
     rows = chunk_rows or max(1, _CHUNK_NUMEL // weight.shape[0])
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, rows, torch.is_grad_enabled())

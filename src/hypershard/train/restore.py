@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..log import logger
+from ..models.family import family_of
 from ..optim.adamw import set_step_count
 from .setup import Job
 from .state import Progress, progress_from
@@ -56,6 +57,7 @@ def restore(job: Job, start: Start) -> Progress:
         logger.info("no checkpoint to go on from; starting at step 0")
         return Progress()
     _refuse_other_model(job, facts)
+    _refuse_other_adapters(job, facts)
     progress = progress_from(facts)
     set_step_count(job.optimizer, progress.optimizer_steps)
     if facts["samples_per_step"] != job.samples_per_step:
@@ -95,4 +97,27 @@ def _refuse_other_model(job: Job, facts: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint holds another model: it has {found}, this run {expected}; "
             f"change these flags, or --resume_from_checkpoint"
+        )
+
+
+def _refuse_other_adapters(job: Job, facts: Mapping[str, Any]) -> None:
+    """Adapters are worth something only beside the weights they were trained beside, and counted as they were then."""
+    if job.base is None:
+        return
+    now, then = dataclasses.asdict(job.adapters), facts["adapters"]
+    flags = [
+        f"--{name}={then[name]} (this run: {now[name]})"
+        for name in ("lora_alpha", "lora_rslora")
+        if then[name] != now[name]
+    ]
+    if flags:
+        raise CheckpointError(f"the checkpoint's adapters were trained with {', '.join(flags)}; give the same")
+    base, sums = facts["base"], zip(facts["base"]["bit_sums"], job.base.bit_sums, strict=True)
+    names = [spec.name for spec in family_of(job.model.model_type).parameters(job.model)]
+    different = [name for name, (one, other) in zip(names, sums, strict=True) if one != other]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint's adapters were trained beside other weights, those of --init_from={base['init_from']} as "
+            f"they were then: in --init_from={job.base.init_from} {different[0]} has other values, as have "
+            f"{len(different) - 1} more; give the model of then, unchanged"
         )

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ..adapters.lora import add_adapters
+from ..adapters.targets import adapter_specs, adapter_targets, trained_flops
 from ..catalog.gpus import gpu_by_device_name
-from ..checkpoint.hf import load_hf_weights
 from ..checkpoint.manager import CheckpointManager
 from ..config.checks import accumulation_steps, check_vocabulary, check_world
-from ..config.schema import Config, ModelConfig, OptimConfig
+from ..config.schema import AdapterConfig, Config, ModelConfig, OptimConfig
 from ..data.open import Dataset
 from ..distributed.env import Surroundings
 from ..distributed.mesh import build_mesh
@@ -23,21 +24,20 @@ from ..errors import ConfigError
 from ..log import logger
 from ..metrics.on_track import Forecast
 from ..models.family import family_of, parameter_count
-from ..models.same_config import refuse_other_config
 from ..optim.adamw import build_adamw
 from ..optim.schedule import learning_rate
 from ..parallel.apply import apply
 from ..parallel.fsdp import ShardedModule
-from ..parallel.init import initialise
-from ..storage import local_path
 from ..units import format_count
 from .attention import Attention, choose_attention
 from .data import TrainingData, build_data, open_data
+from .init_from import open_origin, tokenizer_of_run
 from .loss import LanguageModel
 from .refuse import refuse_missing_bf16, refuse_other_tokenizer
 from .state import Progress, checkpoint_tensors
 from .stop import Limits
 from .tiers import build_checkpoints
+from .weights import Base, first_weights
 
 _MANY_IDLE_ROWS = 2  # an embedding with more rows per id of the tokenizer was made for another tokenizer
 
@@ -49,11 +49,13 @@ class Job:
     world: World
     seed: int
     model: ModelConfig
+    adapters: AdapterConfig
     optim: OptimConfig
     module: LanguageModel
     attention: Attention
     sharded: ShardedModule
-    parameters: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]  # those that are trained
+    base: Base | None  # what adapters stand beside; None: all weights are trained
     optimizer: torch.optim.Optimizer
     data: TrainingData
     batch_sizes: tuple[int, int]  # sequences per rank in training, in validation
@@ -70,13 +72,13 @@ class Job:
     checkpoints: CheckpointManager
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The weights and moments as they are now. Asked for anew each time: at the first forward FSDP2 replaces
-        shards by padded (rows that do not divide evenly) or pinned ones, and what was taken before would be stale."""
+        """The trained weights and moments as they are now. Asked for anew each time: at the first forward FSDP2
+        replaces shards by padded (rows that do not divide evenly) or pinned ones, and what was taken before would be
+        stale."""
         return checkpoint_tensors(self.parameters, self.optimizer)
 
     def last_step(self, progress: Progress) -> int:
-        """The step that ends the run: as configured, or of the course laid anew."""
-        return self.limits.last_step if progress.course is None else progress.course.last_step
+        return self.limits.last_step_of(progress)
 
     def learning_rate(self, progress: Progress) -> float:
         """The rate of the step after `progress`."""
@@ -97,6 +99,8 @@ class Job:
             **dataclasses.asdict(progress),  # type: ignore[call-overload]
             "seed": self.seed,
             "model": dataclasses.asdict(self.model),
+            "adapters": dataclasses.asdict(self.adapters) if self.base else None,
+            "base": dataclasses.asdict(self.base) if self.base else None,
             **self.data.facts(),
             "samples_per_step": self.samples_per_step,
             "eos_token_id": self.eos_token_id,
@@ -119,8 +123,9 @@ def build_job(
     """
     check_world(config.parallel, world_size=world.size, local_world_size=world.ranks.local_world_size)
     refuse_missing_bf16(config, world.device)
-    dataset = open_data(config, world)
-    refuse_other_tokenizer(config, dataset)
+    origin = open_origin(config, world)
+    dataset = open_data(config, world, origin)
+    refuse_other_tokenizer(config, dataset, origin)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
     accumulation = accumulation_steps(config.data, context_tokens=model.max_context_width, world_size=world.size)
@@ -133,19 +138,15 @@ def build_job(
 
     attention = choose_attention(config, model, world.device)
     module, sharded = build_module(config, model, attention, world, samples_per_step=samples_per_step)
-    parameters = dict(module.hf_model.named_parameters())
-    specs = family.parameters(model)
-    if config.train.init_from in ("scratch", "resume"):
-        initialise(parameters, specs, seed=config.data.seed, device=world.device)
-    else:
-        folder = local_path(config.train.init_from, flag="--init_from")
-        refuse_other_config(family.hf_config(model), folder)
-        load_hf_weights(folder, parameters)
+    base = first_weights(config, model, module.hf_model, origin, num_replicas=sharded.num_replicas, device=world.device)
+    parameters = {name: one for name, one in module.hf_model.named_parameters() if one.requires_grad}
+    specs = adapter_specs(adapter_targets(model, config.adapters)) or family.parameters(model)
     decayed = {spec.name for spec in specs if spec.decay}
     optimizer = build_adamw(parameters, decayed=decayed, optim=config.optim)
 
+    trained = f" and {format_count(sum(spec.numel for spec in specs))} in adapters, which are trained" if base else ""
     logger.info(
-        f"{model.model_type} with {format_count(parameter_count(model))} parameters, "
+        f"{model.model_type} with {format_count(parameter_count(model))} parameters{trained}, "
         f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}, "
         f"{attention.path} attention; a step is {samples_per_step} x {context} tokens"
     )
@@ -156,23 +157,25 @@ def build_job(
         world=world,
         seed=config.data.seed,
         model=model,
+        adapters=config.adapters,
         optim=config.optim,
         module=module,
         attention=attention,
         sharded=sharded,
         parameters=parameters,
+        base=base,
         optimizer=optimizer,
         data=data,
         batch_sizes=batch_sizes,
         document_mask=config.data.document_mask,
-        tokenizer_path=dataset.tokenizer_path,
+        tokenizer_path=tokenizer_of_run(config, dataset, origin),
         eos_token_id=dataset.eos_token_id,
         accumulation=accumulation,
         samples_per_step=samples_per_step,
         tokens_per_step=samples_per_step * context,
         limits=limits,
         forecast=forecast,
-        flops_per_token=family.flops_per_token(model, context_tokens=context).total,
+        flops_per_token=trained_flops(model, config.adapters, context_tokens=context).total,
         peak_flops_per_gpu=_peak_flops(config, world.device),
         checkpoints=build_checkpoints(
             config.checkpoint, world, checkpoint_dir=checkpoint_dir, surroundings=surroundings, alarm=alarm
@@ -206,7 +209,13 @@ def _limits(config: Config, num_samples: int | None, samples_per_step: int, *, e
         )
     by_epochs = None if epochs is None or num_samples is None else max(1, epochs * num_samples // samples_per_step)
     last_step = min(steps for steps in (train.max_steps, by_epochs) if steps is not None)
-    return Limits(last_step, None if train.max_hours is None else train.max_hours * 3600, ends_at)
+    return Limits(
+        last_step,
+        None if train.max_hours is None else train.max_hours * 3600,
+        ends_at,
+        patience=train.early_stopping_patience,
+        min_gain=train.early_stopping_min_gain,
+    )
 
 
 def build_module(
@@ -215,6 +224,11 @@ def build_module(
     """The sharded model, materialised but without values."""
     family = family_of(model.model_type)
     hf_model = family.build(model, path=attention.path)
+    adapters = config.adapters
+    if targets := adapter_targets(model, adapters):
+        # Computing in bfloat16 rounds frozen weights anyway, so they are never held longer.
+        frozen_dtype = torch.bfloat16 if config.parallel.bf16 else torch.float32
+        add_adapters(hf_model, targets, adapters=adapters, frozen_dtype=frozen_dtype)
     family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / samples_per_step)
     module = LanguageModel(
         hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
@@ -225,7 +239,14 @@ def build_module(
         hybrid_shard_degree=config.parallel.hybrid_shard_degree or world.ranks.local_world_size,
         device_type=world.device.type,
     )
-    sharded = apply(module, family.blocks(hf_model), mesh=mesh, parallel=config.parallel, device=world.device)
+    sharded = apply(
+        module,
+        family.blocks(hf_model),
+        mesh=mesh,
+        parallel=config.parallel,
+        device=world.device,
+        low_rank=adapters.lora_r,
+    )
     return module.train(), sharded
 
 

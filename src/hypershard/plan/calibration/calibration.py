@@ -53,6 +53,7 @@ class Setup:
     deterministic: bool
     offload_activations: bool
     cpu_offload: bool
+    has_adapters: bool
     peak_tflops: float
 
     def __str__(self) -> str:
@@ -121,6 +122,7 @@ def setup_of(job: Job) -> Setup:
         deterministic=parallel.deterministic,
         offload_activations=parallel.offload_activations,
         cpu_offload=parallel.cpu_offload,
+        has_adapters=job.has_adapters,
         peak_tflops=round(peak_flops(job) / 1e12, 6),
     )
 
@@ -250,7 +252,10 @@ def bands() -> Mapping[str, float]:
 
 _CLASSES = ("same", "near", "other")
 _SIZES = ("active_parameters", "hidden_width", "num_layers", "context_tokens", "train_batch_size", "num_gpus")
-_KINDS = ("model_type", "attention", "compile", "bf16", "deterministic", "offload_activations", "cpu_offload")
+_KINDS = (
+    *("model_type", "attention", "compile", "bf16", "deterministic", "offload_activations", "cpu_offload"),
+    "has_adapters",
+)
 _TRADES = ("sharding_strategy", "activation_checkpointing", "accumulation")  # whose work the closed form counts well
 
 

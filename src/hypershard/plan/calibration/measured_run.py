@@ -56,6 +56,7 @@ def job_of_run(run_dir: Path, *, told: Mapping[str, Any]) -> Job:
         model=model,
         data=config.data,
         parallel=config.parallel,
+        adapters=config.adapters,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=_instance(environment, str(plan.get("job", {}).get("instance", ""))),

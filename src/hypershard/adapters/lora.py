@@ -1,0 +1,58 @@
+"""Adapters put into a model, and whose weights they stand beside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..config.schema import AdapterConfig
+from ..distributed.collectives import sum_over_ranks
+from ..distributed.mesh import local_part
+from .targets import Target, scale_of
+
+_BLOCK_NUMEL = 2**26
+
+
+def add_adapters(
+    hf_model: nn.Module, targets: Sequence[Target], *, adapters: AdapterConfig, frozen_dtype: torch.dtype
+) -> None:
+    """Freeze `hf_model`, keep its weights in `frozen_dtype`, and put float32 adapters beside `targets`; in place.
+
+    Every parameter is on the meta device and stays there. What was a parameter keeps its name and its ties.
+    """
+    from .lora_modules import ADAPTED
+
+    for parameter in hf_model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(frozen_dtype)
+    for target in targets:
+        for spec in (target.a, target.b):
+            owner, _, name = spec.name.rpartition(".")
+            module = hf_model.get_submodule(owner)
+            if type(module) not in ADAPTED.values():
+                module.__class__ = ADAPTED[type(module)]
+                module.lora_scale, module.lora_dropout = scale_of(adapters), adapters.lora_dropout  # type: ignore[assignment]
+            module.register_parameter(name, nn.Parameter(torch.empty(spec.shape, device="meta", dtype=torch.float32)))
+
+
+@torch.no_grad()
+def bit_sums(parameters: Mapping[str, torch.Tensor], *, num_replicas: int, device: torch.device) -> tuple[int, ...]:
+    """One number for each of `parameters`, equal for equal values, however they are spread. Collective.
+
+    They tell a model's weights from another's. `num_replicas` ranks hold the same part.
+    """
+    sums = [bit_sum(local_part(parameter)[0]) for parameter in parameters.values()]
+    # Whole numbers below 2**53, so float64 adds them exactly in any order.
+    return tuple(round(total / num_replicas) for total in sum_over_ranks(sums, device=device).tolist())
+
+
+def bit_sum(weight: torch.Tensor) -> torch.Tensor:
+    """The sum of a weight's bfloat16 bit patterns as 16-bit numbers, int64 scalar; the same for the float32 weight.
+
+    Row by row in blocks, because the patterns are a copy.
+    """
+    blocks = weight.flatten().split(_BLOCK_NUMEL)
+    sums = [block.to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64) for block in blocks]
+    return torch.stack(sums).sum()

@@ -1,0 +1,68 @@
+"""The weights a training starts from: drawn from the seed or read, and of adapters what they stand beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..adapters.lora import bit_sums
+from ..adapters.peft_format import load_peft
+from ..adapters.targets import adapter_specs, adapter_targets
+from ..checkpoint.hf import load_hf_weights
+from ..config.schema import Config, ModelConfig
+from ..log import logger
+from ..models.family import family_of
+from ..models.same_config import refuse_other_config
+from ..parallel.init import initialise
+from ..storage import local_path
+from .init_from import Origin
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen weights beside which adapters are trained: where they came from, and what tells them from others.
+
+    `bit_sums` has a number for each weight, in the order of the family's list (adapters/lora.py).
+    """
+
+    init_from: str
+    bit_sums: tuple[int, ...]
+
+
+def first_weights(
+    config: Config,
+    model: ModelConfig,
+    hf_model: nn.Module,
+    origin: Origin | None,
+    *,
+    num_replicas: int,
+    device: torch.device,
+) -> Base | None:
+    """Give a materialised model the weights it starts from; returns what adapters stand beside, if there are any.
+
+    `origin`: what --init_from names; None: 'scratch' or 'resume'. Random numbers are drawn on `device`; `num_replicas`
+    ranks hold the same part. Raises ConfigError and CheckpointError for an --init_from or --lora_init_from that holds
+    something else.
+    """
+    family, init_from, seed = family_of(model.model_type), config.train.init_from, config.data.seed
+    parameters = dict(hf_model.named_parameters())
+    specs = family.parameters(model)
+    weights = {spec.name: parameters[spec.name] for spec in specs}
+    if origin is None:
+        initialise(weights, specs, seed=seed, device=device)
+    else:
+        refuse_other_config(family.hf_config(model), origin.local, init_from=init_from)
+        load_hf_weights(origin.folder, weights)
+    targets = adapter_targets(model, config.adapters)
+    if not targets:
+        return None
+    if init_from == "scratch":
+        logger.warning("--lora_r without --init_from: adapters are trained beside random weights, of no use but to try")
+    if config.adapters.lora_init_from is None:
+        initialise(parameters, adapter_specs(targets), seed=seed, device=device)
+    else:
+        folder = local_path(config.adapters.lora_init_from, flag="--lora_init_from")
+        load_peft(folder, config.adapters, targets, parameters)
+    return Base(init_from, bit_sums(weights, num_replicas=num_replicas, device=device))
