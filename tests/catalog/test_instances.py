@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hypershard.catalog import instances as module
-from hypershard.catalog.instances import Instance, Price, families, instance, instances, price, read_prices
+from hypershard.catalog.instances import Instance, Price, families, instance, instances, price, read_prices, spot_seen
 from hypershard.errors import ConfigError
 
 EXPECTED_FAMILIES = ["p4d", "p4de", "p5", "p5e", "p5en", "p6-b200", "p6-b300", "g5", "g6", "g6e"]
@@ -256,3 +256,12 @@ def test_a_damaged_file_of_prices_is_refused_by_its_entry(tmp_path: Path, text: 
 def test_a_missing_file_of_prices_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         price(instance("p5"), "ec2", prices_file=tmp_path / "none.yaml")
+
+
+def test_spot_prices_seen_are_below_those_on_demand_and_dated() -> None:
+    bands = {row.name: band for row in instances() if (band := spot_seen(row)) is not None}
+    assert "p5.48xlarge" in bands
+    for name, band in bands.items():
+        on_demand = instance(name).ec2
+        assert on_demand is not None and 0 < band.low < band.high < on_demand.dollars_per_hour
+        assert band.date and band.source

@@ -38,6 +38,17 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpotBand:
+    """Between what dollars an hour the spot price was seen, where and when; what it will be, nobody knows."""
+
+    low: float
+    high: float
+    region: str
+    date: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Interconnect:
     """What joins the GPUs of one node. `gb_per_second` is per GPU and direction, in 10^9 bytes."""
 
@@ -172,6 +183,12 @@ def _warn_of_age(date: str | None, kind: str, service: str, today: datetime.date
         logger.warning(f"{service} prices ({kind}) are undated: {advice}")
     elif (today - datetime.date.fromisoformat(date)).days > _STALE_DAYS:
         logger.warning(f"{service} prices ({kind}) are of {date}: {advice}")
+
+
+def spot_seen(of: Instance) -> SpotBand | None:
+    """The band of EC2's spot prices of this type; None: none was looked up."""
+    found = _catalog()["spot_seen"].get(of.name)
+    return None if found is None else SpotBand(**found)
 
 
 def read_prices(path: Path) -> dict[tuple[str, str], float | None]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..catalog.instances import SERVICES
+from ..catalog.instances import SERVICES, spot_seen
 from ..config.flags import HelpFormatter, add_settings, parse
 from ..log import setup_logging
 from ..models.files import available_models
@@ -166,6 +166,12 @@ def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | C
     cost = made.cost
     level = f"{_level(made)}; " if cost.dollars is not None else ""
     yield f"cost     {cost.formula or 'unknown'}   [{level}{question.service}: {cost.price or 'price unknown'}]"
+    if question.service == "ec2" and made.hours is not None and (spot := spot_seen(machine)):
+        low, high = (job.num_nodes * made.hours * each for each in (spot.low, spot.high))
+        yield (
+            f"         on spot instances ${low:,.2f} to ${high:,.2f}, if one gets them: ${spot.low:,.2f} to "
+            f"${spot.high:,.2f}/h were seen ({spot.region}, {spot.date})"
+        )
     kept = job.checkpoint.keep_s3_checkpoints if job.checkpoint.s3_tier_base_path is not None else 0
     storage = f"{kept} kept in S3 are ${cost.storage_dollars_per_month:,.2f} a month" if kept else "none is kept in S3"
     yield f"         a checkpoint is {format_bytes(cost.checkpoint_bytes)}; {storage}"
