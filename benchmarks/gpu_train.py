@@ -59,6 +59,7 @@ def measure(shape: Shape, batch_size: int, checkpointing: str, *, seconds_left: 
             "validation_batches": 1,
             "checkpoint_freq": 0,
             "tensorboard_dir": "none",
+            "force": 1,  # what the plan says is held against what happens
             "run_dir": run_dir,
         }
         command = [sys.executable, "-m", "hypershard.cli.main", "train", "--model", shape.model, "--nproc_per_node=1"]
@@ -73,6 +74,7 @@ def measure(shape: Shape, batch_size: int, checkpointing: str, *, seconds_left: 
         if done.returncode:
             return "out of memory" if "out of GPU memory" in done.stderr else done.stderr[-1500:]
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        planned = json.loads((run_dir / "plan.json").read_text())
     steps = [line for line in lines if "loss" in line][SKIPPED_STEPS:]
     return {
         "model": shape.model,
@@ -85,6 +87,9 @@ def measure(shape: Shape, batch_size: int, checkpointing: str, *, seconds_left: 
         "mfu": statistics.median(step["mfu"] for step in steps) if steps[0]["mfu"] is not None else None,
         "step_seconds": statistics.median(step["step_seconds"] for step in steps),
         "memory_bytes": steps[-1]["memory_bytes"],
+        "planned_step_seconds": planned["time"] and planned["time"]["step_seconds"],
+        "planned_memory_bytes": planned["memory"]["gpu"]["reserved_bytes"],
+        "planned_verdict": planned["memory"]["verdict"],
         "first_loss": lines[0]["loss"],
         "last_loss": steps[-1]["loss"],
     }
