@@ -473,7 +473,9 @@ def test_writes_under_way_are_finished_at_the_end(mortal: Pair, job: subprocess.
 def test_it_survives_what_ends_trainers(tmp_path: Path, job: subprocess.Popen[bytes]) -> None:
     """Ctrl-C, SIGTERM and SIGKILL for the trainers' process group, and signals a scheduler sends to every process."""
     script = (
-        "import sys, time; from pathlib import Path; from hypershard.checkpoint.agent_client import ensure_agent;"
+        "import signal, sys, time; from pathlib import Path;"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL);"  # a shell's background jobs are started with it ignored
+        "from hypershard.checkpoint.agent_client import ensure_agent;"
         f"ensure_agent(Path(sys.argv[1]), disk_root=None, host={HERE!r}, watch_pid=int(sys.argv[2]));"
         "print('started', flush=True); time.sleep(600)"
     )
@@ -484,7 +486,7 @@ def test_it_survives_what_ends_trainers(tmp_path: Path, job: subprocess.Popen[by
         with trainer:
             assert trainer.stdout is not None and trainer.stdout.readline() == b"started\n"
             os.killpg(trainer.pid, one)
-            trainer.wait()
+            trainer.wait(timeout=60)
         pids.add(pid_of(address_of(tmp_path)))
     (pid,) = pids
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
