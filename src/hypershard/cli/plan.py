@@ -17,7 +17,7 @@ from ..plan.estimate import LEVEL, Memory, Plan, as_dict, plan
 from ..plan.scaling import predicted_loss
 from ..plan.traced import CannotTrace, Traced
 from ..units import format_bytes, format_count, format_seconds
-from . import plan_calibrate, plan_check, plan_data, plan_search, plan_traced, plan_window
+from . import plan_calibrate, plan_check, plan_data, plan_search, plan_serve, plan_traced, plan_window
 from .plan_asked import Asked, asked
 
 _DESCRIPTION = """\
@@ -29,6 +29,7 @@ _EPILOG = """examples:
   hypershard plan --model llama3_8b --instance g5.12xlarge --activation_checkpointing full --traced
   hypershard plan --model llama3_8b --search --global_batch_tokens 4194304 --max_steps 10000 --deadline 24
   hypershard plan --model llama3_8b --instance p5 --max_hours 12 --num_samples 2198 --tokens_per_sample 900
+  hypershard plan --model llama3_8b --serve 16 --serve_bits 4
   hypershard plan --check num_parameters=1.29e9 num_tokens=6e9 loss_nats=2.37
   hypershard plan --model mixtral_8x7b --instance p5en --nodes 2 --epochs 2 --dataset_tokens 6e9 --json
 """
@@ -46,6 +47,8 @@ _OWN = (
     "deadline",
     "picture",
     "traced",
+    "serve",
+    "serve_bits",
     *plan_data.OWN,
     *plan_window.OWN,
 )
@@ -84,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--deadline", metavar="HOURS", help="--search: what is cheapest within so many hours")
     parser.add_argument("--picture", metavar="FILE", help="--search: draw hours against dollars as .png or .svg")
     parser.add_argument("--traced", action="store_true", help=plan_traced.HELP)
+    parser.add_argument("--serve", metavar="N", help=plan_serve.HELP)
+    parser.add_argument("--serve_bits", metavar="BITS", help=plan_serve.BITS_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a page")
     parser.add_argument(
         "--model", metavar="NAME", help=f"model file: a path, or one of {', '.join(available_models())}"
@@ -101,6 +106,8 @@ def run(argv: Sequence[str]) -> int:
         plan_traced.refuse_elsewhere(namespace)
     if namespace.check is not None:
         return plan_check.run(namespace.check)
+    if namespace.serve is not None:
+        return plan_serve.run(namespace)
     if namespace.search:
         return plan_search.run(namespace)
     plan_search.refuse_alone(namespace)
