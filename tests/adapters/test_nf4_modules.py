@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypershard.adapters.lora import add_adapters
 from hypershard.adapters.nf4 import dequantise, quantise
 from hypershard.adapters.nf4_format import Format
-from hypershard.adapters.nf4_ops import grouped_product, nf4_grouped_mm, nf4_linear, packed, unpacked
+from hypershard.adapters.nf4_ops import grouped_product, is_product, nf4_grouped_mm, nf4_linear, packed, unpacked
 from hypershard.adapters.nf4_weights import hold_in_nf4, nf4_weights
 from hypershard.adapters.targets import adapter_specs, adapter_targets
 from hypershard.config.schema import AdapterConfig, ModelConfig, ParallelConfig
@@ -68,7 +68,15 @@ def a_job(world: World, model_type: str, *, in_nf4: bool, parallel: ParallelConf
     mesh = build_mesh(
         parallel.sharding_strategy, world_size=world.size, hybrid_shard_degree=1, device_type=world.device.type
     )
-    sharded = apply(hf_model, family.blocks(hf_model), mesh=mesh, parallel=parallel, device=world.device)
+    sharded = apply(
+        hf_model,
+        family.blocks(hf_model),
+        mesh=mesh,
+        parallel=parallel,
+        device=world.device,
+        low_rank=ADAPTERS.lora_r,
+        is_product=is_product,
+    )
     held, parameters = nf4_weights(hf_model), dict(hf_model.named_parameters())
     assert set(held) == ({matrix.spec.name for matrix in matrices} if in_nf4 else set())
     for spec in specs_of(model):
@@ -85,13 +93,14 @@ def a_job(world: World, model_type: str, *, in_nf4: bool, parallel: ParallelConf
 
 
 class Gathered(TorchDispatchMode):
-    """Counts the bytes that all-gathers bring together."""
+    """Counts the bytes that all-gathers bring together, and products with packed weights."""
 
-    num_bytes = 0
+    num_bytes = num_products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "c10d" and "allgather" in func._schema.name:
             self.num_bytes += args[0].nbytes if isinstance(args[0], torch.Tensor) else args[0][0].nbytes
+        self.num_products += func.namespace == "hypershard"
         return func(*args, **(kwargs or {}))
 
 
@@ -115,6 +124,7 @@ def one_step(world: World, model_type: str, in_nf4: bool, settings: dict[str, An
         "gradients": {name: p.grad.full_tensor() for name, p in trained.items()},  # type: ignore[union-attr]
         "held": sum(one.untyped_storage().nbytes() for one in local),
         "gathered": gathered.num_bytes,
+        "products": gathered.num_products,
     }
 
 
@@ -149,6 +159,17 @@ def test_two_ranks_compute_as_one(pools: Callable[[int], RankPool], model_type: 
     for name, expected in one["gradients"].items():
         assert torch.equal(two[0]["gradients"][name], two[1]["gradients"][name])
         torch.testing.assert_close(two[0]["gradients"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama_v3", "mixtral"])
+def test_selective_checkpointing_keeps_every_second_product(pools: Callable[[int], RankPool], model_type: str) -> None:
+    """As with dense weights: of q, k, v, o, gate, up and down of each block k, o and up are computed again; of q, k, v,
+    o, router, gate with up, and down k, o and the last but one."""
+    plain, selective = (
+        pools(1).run(one_step, model_type, True, {"bf16": False, "activation_checkpointing": kind})[0]["products"]
+        for kind in ("none", "selective")
+    )
+    assert selective - plain == 2 * 3
 
 
 @pytest.mark.parametrize("model_type", ["llama_v3", "mixtral"])

@@ -39,7 +39,7 @@ def whole_weights(stored: StoredCheckpoint, *, base: str | None) -> Weights:
         return weights
     merged = MergedWeights(weights, facts, base=_base(facts, base))
     if merged.formats:
-        logger.info(
+        logger.warning(
             "the adapters were trained beside weights in nf4 and are merged into the model's own, which are not "
             "quantised: what comes out is close to what was trained, not equal to it"
         )
