@@ -243,3 +243,20 @@ def test_beside_frozen_weights_only_adapters_have_gradients_and_moments() -> Non
     assert not terms & {"the head's gradient", "the root's gradients"}
     dropped = memory.saved_by_token(job("llama3_8b", lora_r=16, lora_dropout=0.1)).whole
     assert dropped > memory.saved_by_token(planned).whole > memory.saved_by_token(job("llama3_8b")).whole
+
+
+def test_matrices_in_nf4_take_half_a_byte_and_one_of_them_is_dequantised() -> None:
+    """Llama-3-8B's blocks have 6.979e9 weights in matrices, of 0.5176 bytes in rows of 4096 and 0.5162 in 14336, and
+    266,240 in norms; the embedding and the head stay. The largest matrix is 14336 x 4096. Mixtral's largest tensor is
+    of eight experts' gate and up, 2 x 14336 x 4096 each, of which two are 2**28 at most."""
+    planned = job("llama3_8b", lora_r=16, num_nodes=1, bnb_quant_type="nf4")
+    matrices = 32 * (4096 * (2 * 4096 + 2 * 1024 + 2 * 14336) * (0.5 + 1 / 64 + 8 / 4096))
+    matrices += 32 * 4096 * 14336 * (0.5 + 1 / 64 + 8 / 14336)
+    rest = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    moments = memory.gpu_moments(planned)
+    start, backward = ({term.name: term.num_bytes for term in moments[index].terms} for index in (0, 3))
+    assert start["weights"] == pytest.approx((matrices + rest) / 8, rel=1e-6)
+    assert backward["gathered weights"] == pytest.approx(matrices / 32 + 2 * 2 * 4096 + rest - 2 * 64 * 4096, rel=1e-6)
+    assert backward["one dequantised weight"] == 2 * 4096 * 14336 + 12 * 2**23
+    assert memory.state_bytes(planned) == 12 * 41_943_040
+    assert job("mixtral_8x7b", lora_r=16, bnb_quant_type="nf4").num_unpacked == 2 * 2 * 14336 * 4096

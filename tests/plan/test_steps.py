@@ -140,3 +140,15 @@ def test_frozen_weights_cost_two_thirds_of_the_products() -> None:
         assert frozen.products == pytest.approx(share * whole.products, rel=0.015)
         assert frozen.attention == whole.attention
         assert frozen.network < 0.8 * whole.network
+
+
+def test_weights_in_nf4_are_gathered_packed_and_unpacked_in_every_pass() -> None:
+    """6.476e9 weights of Llama-2-7B's blocks, twice or, recomputed, three times: 2.5 bytes each, or 14 by parts."""
+    for kind, is_compiled, num_bytes in (("none", True, 2 * 2.5), ("full", True, 3 * 2.5), ("none", False, 2 * 14)):
+        flags = {"activation_checkpointing": kind, "compile": is_compiled, "lora_r": 8}
+        dense, packed = (job("llama2_7b", **flags, **more) for more in ({}, {"bnb_quant_type": "nf4"}))
+        more = steps.work_of(packed).memory - steps.work_of(dense).memory
+        bandwidth = packed.instance.gpu.memory_tb_per_second * 1e12
+        assert more == pytest.approx(num_bytes * 6.476e9 / bandwidth, rel=1e-3)
+        assert steps.work_of(packed).products == steps.work_of(dense).products
+        assert steps.communication(packed).hidden < 0.4 * steps.communication(dense).hidden

@@ -103,16 +103,19 @@ def losses_and_validation(world: World, flags: str, cache_dir: Path) -> tuple[fl
         return evaluate(job), train_step(job, Progress(), flags=tuple).loss
 
 
-def test_adapters_learn_eight_texts_by_heart(pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path) -> None:
-    """The frozen head and embedding are random, but wide enough apart (initializer_range) to tell any token."""
+def write_eight_texts(file: Path) -> str:
+    """Write `file`, and return the flags to learn it by heart.
+
+    The frozen head and embedding are random, but wide enough apart (initializer_range) to tell any token.
+    """
     words = ["anchor", "basalt", "candle", "dahlia", "ember", "fjord", "garnet", "harbor"]
     texts = [
         f"{word} number {i} is kept in house {(7 * i + 3) % 11} by {words[(3 * i + 1) % 8]}."
         for i, word in enumerate(words)
     ]
-    (tmp_path / "eight.txt").write_text("\n\n".join(texts) + "\n")
-    flags = lora(
-        dataset=tmp_path / "eight.txt",
+    file.write_text("\n\n".join(texts) + "\n")
+    return lora(
+        dataset=file,
         lora_r=16,
         lora_alpha=32,
         initializer_range=0.3,
@@ -123,7 +126,10 @@ def test_adapters_learn_eight_texts_by_heart(pools: Callable[[int], RankPool], c
         lr_decay_style="cosine",
         weight_decay=0,
     )
-    found = pools(1).run(train_losses, flags, cache_dir, 120)[0]
+
+
+def test_adapters_learn_eight_texts_by_heart(pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path) -> None:
+    found = pools(1).run(train_losses, write_eight_texts(tmp_path / "eight.txt"), cache_dir, 120)[0]
     assert found[0][0] > 5 and found[-1][0] < 0.02
 
 
@@ -134,7 +140,7 @@ def frozen_facts(world: World, flags: str, cache_dir: Path) -> dict[str, Any]:
     """After five steps: bytes and numbers of frozen weights, whether they moved, what got a gradient or moments."""
     with a_job(world, flags, cache_dir) as job:
         frozen = {name: one for name, one in job.module.hf_model.named_parameters() if not one.requires_grad}
-        before = {name: one.to_local().clone() for name, one in frozen.items()}
+        before = {name: bits(one).clone() for name, one in frozen.items()}
         progress = Progress()
         for _ in range(5):
             progress = advance(progress, train_step(job, progress, flags=tuple), seconds=0.0)
@@ -142,7 +148,7 @@ def frozen_facts(world: World, flags: str, cache_dir: Path) -> dict[str, Any]:
         assert frozen.keys() == before.keys()
         storages = {one.to_local().untyped_storage().data_ptr(): one.to_local() for one in frozen.values()}
         return {
-            "unchanged": all(torch.equal(one.to_local(), before[name]) for name, one in frozen.items()),
+            "unchanged": all(torch.equal(bits(one), before[name]) for name, one in frozen.items()),
             "gradients": [name for name, one in frozen.items() if one.grad is not None],
             "moments": {name for name, one in job.parameters.items() if one in job.optimizer.state},
             "bytes": sum(local.untyped_storage().nbytes() for local in storages.values()),
@@ -150,6 +156,11 @@ def frozen_facts(world: World, flags: str, cache_dir: Path) -> dict[str, Any]:
             "names": set(job.tensors()),
             "trained": {str(one.dtype) for one in job.parameters.values()},
         }
+
+
+def bits(parameter: Any) -> torch.Tensor:
+    """Of this rank's part; as numbers, packed weights may not equal themselves."""
+    return parameter.to_local().view(torch.uint8)
 
 
 def test_frozen_weights_take_two_bytes_and_stay(pools: Callable[[int], RankPool], cache_dir: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -38,12 +38,13 @@ def add_adapters(
 
 
 @torch.no_grad()
-def bit_sums(parameters: Mapping[str, torch.Tensor], *, num_replicas: int, device: torch.device) -> tuple[int, ...]:
-    """One number for each of `parameters`, equal for equal values, however they are spread. Collective.
+def bit_sums(weights: Sequence[Sequence[torch.Tensor]], *, num_replicas: int, device: torch.device) -> tuple[int, ...]:
+    """One number for each of `weights`, equal for equal values, however they are spread. Collective.
 
-    They tell a model's weights from another's. `num_replicas` ranks hold the same part.
+    They tell a model's weights from another's. Each is held in one parameter or, packed, in several; `num_replicas`
+    ranks hold the same part.
     """
-    sums = [bit_sum(local_part(parameter)[0]) for parameter in parameters.values()]
+    sums = [torch.stack([bit_sum(local_part(part)[0]) for part in parts]).sum() for parts in weights]
     # Whole numbers below 2**53, so float64 adds them exactly in any order.
     return tuple(round(total / num_replicas) for total in sum_over_ranks(sums, device=device).tolist())
 
@@ -51,7 +52,7 @@ def bit_sums(parameters: Mapping[str, torch.Tensor], *, num_replicas: int, devic
 def bit_sum(weight: torch.Tensor) -> torch.Tensor:
     """The sum of a weight's bfloat16 bit patterns as 16-bit numbers, int64 scalar; the same for the float32 weight.
 
-    Row by row in blocks, because the patterns are a copy.
+    Of packed bytes (nf4_ops.py) the sum of these. Row by row in blocks, because the patterns are a copy.
     """
     blocks = weight.flatten().split(_BLOCK_NUMEL)
     sums = [block.to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64) for block in blocks]

@@ -14,6 +14,7 @@ from ..config.schema import AdapterConfig, ModelConfig
 from ..errors import ConfigError
 from ..models.base import Flops, Matrix, ParameterSpec
 from ..models.family import family_of
+from .nf4_format import Format
 
 ALL_LINEAR = "all-linear"
 # A row of bfloat16 numbers whose bytes are a multiple of 16, as torch's grouped product on GPUs wants it.
@@ -91,6 +92,14 @@ def _target(matrix: Matrix, rank: int) -> Target:
         ParameterSpec(f"{prefix}lora_A", (*experts, rank, matrix.width_in), "uniform", std, active_share=share),
         ParameterSpec(f"{prefix}lora_B", (*experts, matrix.width_out, rank), "zeros", active_share=share),
     )
+
+
+def nf4_formats(model: ModelConfig, adapters: AdapterConfig) -> dict[str, Format]:
+    """The weights that are held in NF4, by name: all matrices of the blocks, with adapters or not; or none."""
+    if adapters.bnb_quant_type != "nf4":
+        return {}
+    matrices = family_of(model.model_type).matrices(model)
+    return {matrix.spec.name: Format(matrix.spec.shape, adapters.bnb_double_quant) for matrix in matrices}
 
 
 def trained_flops(model: ModelConfig, adapters: AdapterConfig, *, context_tokens: int) -> Flops:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -49,18 +51,46 @@ class _Block:
     target: torch.Tensor
 
 
-def load_hf_weights(
-    folder: ModelFolder, tensors: Mapping[str, torch.Tensor], *, patience: Patience | None = None
-) -> None:
-    """Fill `tensors` (our names; plain, or DTensors of any sharding) from a model folder, in place.
+class Packed(Protocol):
+    """A weight that is held otherwise than it lies in files: it takes its values box by box."""
 
-    Each rank reads only what it holds, some 150 MB at a time; values are cast to the tensors' dtypes. Raises
-    CheckpointError as `HfWeights` does.
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def boxes(self) -> Iterator[tuple[slice, ...]]:
+        """Boxes of the weight that make up what this rank holds of it."""
+
+    def empty(self, box: tuple[slice, ...]) -> torch.Tensor:
+        """Where the values of a box are to be put."""
+
+    def fill(self, box: tuple[slice, ...], values: torch.Tensor) -> None:
+        """Take them."""
+
+
+def load_hf_weights(
+    folder: ModelFolder, weights: Mapping[str, torch.Tensor | Packed], *, patience: Patience | None = None
+) -> None:
+    """Fill `weights` (our names; plain, DTensors of any sharding, or packed) from a model folder, in place.
+
+    Each rank reads only what it holds, some 150 MB at a time; values are cast to the tensors' dtypes. Of packed weights
+    no more than the boxes that are being read are held besides. Raises CheckpointError as `HfWeights` does.
     """
-    weights = HfWeights(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    parts = (Part(name, tuple(tensor.shape), *local_part(tensor)) for name, tensor in tensors.items())
-    for _ in weights.fill(parts, patience=patience):
-        pass
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    being_read: deque[Callable[[], None]] = deque()  # what to do with each part when it is filled
+
+    def parts() -> Iterator[Part]:
+        for name, weight in weights.items():
+            if isinstance(weight, torch.Tensor):
+                being_read.append(lambda: None)
+                yield Part(name, shapes[name], *local_part(weight))
+                continue
+            for box in weight.boxes():
+                values = weight.empty(box)
+                being_read.append(functools.partial(weight.fill, box, values))
+                yield Part(name, shapes[name], values, tuple(span.start for span in box))
+
+    for _ in HfWeights(folder, shapes).fill(parts(), patience=patience):
+        being_read.popleft()()
 
 
 class HfWeights:

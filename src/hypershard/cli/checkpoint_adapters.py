@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.targets import Target, adapter_targets, scale_of
+from ..adapters.targets import Target, adapter_targets, nf4_formats, scale_of
 from ..checkpoint.manifest import StoredCheckpoint
 from ..config.schema import AdapterConfig, ModelConfig
 from ..errors import CheckpointError
+from ..log import logger
 from ..models.family import ParameterSpec, family_of
 from ..storage import make_directory, remove_tree, sync_directory
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 def whole_weights(stored: StoredCheckpoint, *, base: str | None) -> Weights:
     """The model's weights at a checkpoint; of adapters with the weights they were trained beside, merged.
 
-    Those are read from `base`, a folder or s3://bucket/prefix; None: from where the run had them. Raises
-    CheckpointError when they are not there or were changed.
+    Those are read from `base`, a folder or s3://bucket/prefix; None: from where the run had them. What the run held in
+    NF4 is merged into the model's own weights, not into these rounded to four bits. Raises CheckpointError when they
+    are not there or were changed.
     """
     from ..checkpoint.hf_export import CheckpointWeights
 
@@ -35,7 +37,13 @@ def whole_weights(stored: StoredCheckpoint, *, base: str | None) -> Weights:
         if base is not None:
             raise CheckpointError(f"--base={base} acts only on adapters, and {stored.location} holds a whole model")
         return weights
-    return MergedWeights(weights, facts, base=_base(facts, base))
+    merged = MergedWeights(weights, facts, base=_base(facts, base))
+    if merged.formats:
+        logger.warning(
+            "the adapters were trained beside weights in nf4 and are merged into the model's own, which are not "
+            "quantised: what comes out is close to what was trained, not equal to it"
+        )
+    return merged
 
 
 def _base(facts: Mapping[str, Any], given: str | None) -> str:
@@ -61,6 +69,7 @@ class MergedWeights:
         names = [spec.name for spec in family_of(model.model_type).parameters(model)]
         self.shapes = {spec.name: spec.shape for spec in family_of(model.model_type).parameters(model)}
         self._base: HfWeights = HfWeights(folder, self.shapes)
+        self.formats = nf4_formats(model, config)
         self._location = base
         self._bit_sums = dict(zip(names, facts["base"]["bit_sums"], strict=True))
         self._adapters = adapters
@@ -92,8 +101,12 @@ class MergedWeights:
     def _merged(self, name: str, weight: torch.Tensor, adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
         from ..adapters.lora import bit_sum
         from ..adapters.merge import merge_box
+        from ..adapters.nf4_ops import packed_parts
 
-        if int(bit_sum(weight)) != self._bit_sums[name]:
+        held: tuple[torch.Tensor, ...] = (weight,)
+        if name in self.formats:
+            held = packed_parts(weight, double_quant=self.formats[name].double_quant)
+        if sum(int(bit_sum(part)) for part in held) != self._bit_sums[name]:
             raise CheckpointError(
                 f"{self._location} is not the model these adapters were trained beside: {name} has other values; give "
                 f"that model by --base"

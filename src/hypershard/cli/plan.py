@@ -154,7 +154,8 @@ def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | C
     job, sizes = made.job, made.sizes
     machine = job.instance
     active = "" if sizes.active == sizes.total else f", of which a token uses {sizes.active:,}"
-    trained = f"; {job.trained.total:,} in adapters are trained" if job.has_adapters else ""
+    beside = f", beside matrices in {job.adapters.bnb_quant_type}" if job.num_unpacked else ""
+    trained = f"; {job.trained.total:,} in adapters are trained{beside}" if job.has_adapters else ""
     yield f"model    {question.name} ({job.model.model_type}): {sizes.total:,} parameters{active}{trained}"
     yield (
         f"job      {job.num_nodes} x {machine.name} ({machine.num_gpus} x {machine.gpu.name}), "

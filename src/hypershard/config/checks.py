@@ -90,6 +90,10 @@ def _check_adapters(config: Config) -> None:
             "--init_from=resume: a checkpoint of --lora_r holds the adapters alone; give the folder of the model they "
             "were trained beside as --init_from, and --resume_from_checkpoint"
         )
+    if adapters.bnb_quant_type == "none" and not adapters.bnb_double_quant:
+        raise ConfigError(
+            "--bnb_double_quant=0 acts only on weights in nf4, found --bnb_quant_type=none; give nf4 or drop the flag"
+        )
     if adapters.lora_dropout == 1:
         raise ConfigError("--lora_dropout=1 leaves the adapters no input; choose less, 0.05 or 0.1 are usual")
 

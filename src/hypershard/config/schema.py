@@ -356,6 +356,13 @@ class AdapterConfig:
     lora_init_from: str | None = setting(
         None, "folder of an adapter in PEFT's format to start from; default: adapters that change nothing yet"
     )
+    bnb_quant_type: str = setting(
+        "none",
+        "how the frozen matrices of the blocks are held: as the model's other weights, or in nf4, 4 bits and a scale "
+        "(QLoRA, arXiv 2305.14314), quantised while they are read",
+        choices=("none", "nf4"),
+    )
+    bnb_double_quant: bool = setting(True, "nf4's scales are quantised too: 4.14 bits a weight instead of 4.5")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Applied to a block's `forward`, not by a wrapper module, so parameter names stay
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,23 +28,34 @@ _ALWAYS_KEPT = (
 _MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default)
 
 
-def checkpoint_activations(block: nn.Module, mode: str, *, low_rank: int = 0) -> None:
+def no_product(operation: Any, args: Any) -> bool:
+    """That a model has no other products than torch's."""
+    return False
+
+
+def checkpoint_activations(
+    block: nn.Module, mode: str, *, low_rank: int = 0, is_product: Callable[[Any, Any], bool] = no_product
+) -> None:
     """Make `block` recompute in backward: everything (`full`) or all but the costly operations (`selective`).
 
     Matrix products over or into at most `low_rank` numbers are adapters': cheap, so they are recomputed, and not
-    counted among those of which every second one is kept.
+    counted among those of which every second one is kept. `is_product` tells of an operation and its arguments whether
+    it is a product with a packed weight, which counts as any other.
     """
     checkpointed = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if mode == "selective":
-        checkpointed = functools.partial(checkpointed, context_fn=functools.partial(_selective_contexts, low_rank))
+        checkpointed = functools.partial(
+            checkpointed, context_fn=functools.partial(_selective_contexts, low_rank, is_product)
+        )
     block.forward = checkpointed
 
 
-def _selective_contexts(low_rank: int) -> Any:
+def _selective_contexts(low_rank: int, is_product: Callable[[Any, Any], bool]) -> Any:
     num_products = {"forward": 0, "recompute": 0}  # counted apart: recomputation meets the same sequence again
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operation in _MATRIX_PRODUCTS and min(args[1].shape[-2:]) > low_rank:
+        is_dense = operation in _MATRIX_PRODUCTS and min(args[1].shape[-2:]) > low_rank
+        if is_dense or is_product(operation, args):
             phase = "recompute" if context.is_recompute else "forward"
             num_products[phase] += 1
             kept = num_products[phase] % 2 == 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..config.schema import ParallelConfig
-from .activation import checkpoint_activations
+from .activation import checkpoint_activations, no_product
 from .fsdp import ShardedModule, shard
 from .init import materialise
 from .offload import offload_activations
@@ -23,12 +24,14 @@ def apply(
     parallel: ParallelConfig,
     device: torch.device,
     low_rank: int = 0,
+    is_product: Callable[[Any, Any], bool] = no_product,
 ) -> ShardedModule:
     """Checkpoint, offload, compile, shard and materialise `root`, whose parameters are on the meta device.
 
     The parameters come back uninitialised (see `init.initialise`), in the dtypes they had, sharded over `mesh`.
 
-    0. adapters of rank `low_rank` are in `root` already (adapters/lora.py), so that all that follows meets them;
+    0. adapters of rank `low_rank` are in `root` already (adapters/lora.py), and packed weights, whose products
+       `is_product` knows (see activation.py), so that all that follows meets them;
     1. activation checkpointing, inside everything else, so that recomputation is of the model's own code;
     2. activation offload around it, so that it meets only what checkpointing keeps;
     3. compile of the result, so that the compiler sees recomputation; hooks of FSDP2 stay outside;
@@ -37,7 +40,7 @@ def apply(
     """
     for block in blocks:
         if parallel.activation_checkpointing != "none":
-            checkpoint_activations(block, parallel.activation_checkpointing, low_rank=low_rank)
+            checkpoint_activations(block, parallel.activation_checkpointing, low_rank=low_rank, is_product=is_product)
         if parallel.offload_activations:
             offload_activations(block)
         if parallel.compile:

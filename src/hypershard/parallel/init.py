@@ -45,17 +45,22 @@ def initialise(
 ) -> None:
     """Fill `parameters` (plain or sharded) as `specs` say. Random numbers are drawn on `device`."""
     for spec in specs:
-        parameter = parameters[spec.name]
-        local, starts = local_part(parameter)
-        if spec.init in ("normal", "uniform"):
-            _draw(local, spec, starts=starts, seed=seed, device=device)
-        else:
-            local.fill_({"zeros": 0.0, "ones": 1.0}[spec.init])
+        local, starts = local_part(parameters[spec.name])
+        initialise_part(local, spec, starts=starts, seed=seed, device=device)
 
 
-def _draw(
-    local: torch.Tensor, spec: ParameterSpec, *, starts: tuple[int, ...], seed: int, device: torch.device
+@torch.no_grad()
+def initialise_part(
+    local: torch.Tensor, spec: ParameterSpec, *, starts: Sequence[int], seed: int, device: torch.device
 ) -> None:
+    """Fill `local`, the part of a weight whose first element is at `starts`, as `spec` says."""
+    if spec.init in ("normal", "uniform"):
+        _draw(local, spec, starts=starts, seed=seed, device=device)
+    else:
+        local.fill_({"zeros": 0.0, "ones": 1.0}[spec.init])
+
+
+def _draw(local: torch.Tensor, spec: ParameterSpec, *, starts: Sequence[int], seed: int, device: torch.device) -> None:
     first_row = starts[0]
     within = tuple(slice(start, start + size) for start, size in zip(starts[1:], local.shape[1:], strict=True))
     row_shape = tuple(spec.shape[1:])

@@ -28,6 +28,7 @@ BAND = 0.12  # of this closed form, either way
 _POOLS = ("compute", "gather", "reduce")
 CHUNK_NUMEL = 2**27  # logits held at a time: train/loss.py's, and a test holds the two together
 _MASTER_BYTES, _MOMENT_BYTES, _REDUCE_BYTES = 4, 8, 4  # a weight, AdamW's two moments, a gradient, in float32
+_UNPACKING_BYTES = 12 * 2**23  # of temporaries, over the weights that adapters/nf4.py takes at a time
 _STATE_BYTES = _MASTER_BYTES + _MOMENT_BYTES  # of a parameter in a checkpoint
 
 _PROCESS_BYTES = 4 * GIB  # Python, torch and CUDA's host side, per rank; an assumption
@@ -210,7 +211,7 @@ def _kept_by_selective(model: ModelConfig, size: int) -> float:
 def gpu_moments(job: Job) -> tuple[Moment, ...]:
     """Bytes of the fullest GPU when training starts, in a step, at a save and on resume."""
     sizes = sizes_of(job.model)
-    static = _static(job, sizes)
+    static = _static(job)
     tokens = job.micro_tokens
     saved = saved_by_token(job)
     layers = job.model.num_layers
@@ -218,12 +219,12 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
     activations = Term("activations", kept * layers)
     norm = Term("final norm and its gradient", (4 + 3 * job.number_bytes) * job.model.hidden_width * tokens)
     mask = _mask(job)
-    gathered, carried = _gathered(job, sizes), _carried_gradients(job)
-    fetched = _gather_buffers(job, sizes.block / job.shard_degree + sizes.block)
+    gathered, carried, unpacked = _gathered(job), _carried_gradients(job), _unpacked(job)
+    fetched = _gather_buffers(job, job.gathered.block / job.shard_degree + job.gathered.block)
     head = Term("the head's gradient", job.number_bytes * _head_gradient(job))
     return (
         Moment("start", static),
-        Moment("first block", (*static, *_first_gathered(job, sizes), *mask, *carried)),
+        Moment("first block", (*static, *_first_gathered(job), *unpacked, *mask, *carried)),
         Moment("end of forward", (*static, *gathered, *fetched, activations, norm, *mask, logits(job), *carried)),
         Moment(
             "backward",
@@ -232,6 +233,7 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
                 *gathered,
                 *fetched,
                 activations,
+                *unpacked,
                 *mask,
                 *_one_block(job, saved, given_back=kept),
                 head,
@@ -242,7 +244,8 @@ def gpu_moments(job: Job) -> tuple[Moment, ...]:
             "last backward",
             (
                 *static,
-                _running(job, sizes),
+                _running(job),
+                *unpacked,
                 *mask,
                 *_one_block(job, saved, given_back=0.0),
                 head,
@@ -274,14 +277,14 @@ def _head_gradient(job: Job) -> int:
     return 0 if job.has_adapters else (job.model.vocab_size or 0) * job.model.hidden_width
 
 
-def _static(job: Job, sizes: Sizes) -> tuple[Term, ...]:
+def _static(job: Job) -> tuple[Term, ...]:
     if job.parallel.cpu_offload:
         return ()
     trained = job.trained.shard(job.shard_degree)
     optimizer = Term("optimizer", _MOMENT_BYTES * trained, lasts=True)
     if not job.has_adapters:
         return Term("weights", _MASTER_BYTES * trained, lasts=True), optimizer
-    frozen = job.number_bytes * sizes.shard(job.shard_degree)  # held as they are computed with (train/setup.py)
+    frozen = job.gathered.shard(job.shard_degree)  # held as they are gathered (train/setup.py)
     return Term("weights", frozen, lasts=True), Term("adapters", _MASTER_BYTES * trained, lasts=True), optimizer
 
 
@@ -289,29 +292,41 @@ def _keeps_gathered(job: Job) -> bool:
     return job.parallel.sharding_strategy in ("zero1", "zero2", "none")
 
 
-def _gathered(job: Job, sizes: Sizes) -> list[Term]:
-    """Whole weights in the compute type: the root's, and all blocks' or those of the block that runs."""
-    blocks = sizes.total - sizes.root if _keeps_gathered(job) else sizes.block
-    return [Term("gathered weights", job.number_bytes * (sizes.root + blocks))]
+def _gathered(job: Job) -> list[Term]:
+    """Whole weights in the compute type, or packed: the root's, and all blocks' or those of the block that runs."""
+    if _keeps_gathered(job):
+        return [Term("gathered weights", job.gathered.total)]
+    return [_running(job)]
 
 
-def _first_gathered(job: Job, sizes: Sizes) -> list[Term]:
+def _first_gathered(job: Job) -> list[Term]:
     """When the first block runs: the root's buffer is still alive when the block's is asked for. So are later those of
     two blocks, which are more where blocks are larger than the root."""
-    block = sizes.block * (1 + 1 / job.shard_degree)
-    return [_running(job, sizes), *_gather_buffers(job, max(sizes.root, block) + block)]
+    block = job.gathered.block * (1 + 1 / job.shard_degree)
+    return [_running(job), *_gather_buffers(job, max(job.gathered.root, block) + block)]
 
 
-def _running(job: Job, sizes: Sizes) -> Term:
+def _running(job: Job) -> Term:
     """The weights of one block and of the root: the first block's in forward, and again when backward comes to it."""
-    return Term("gathered weights", job.number_bytes * (sizes.root + sizes.block))
+    return Term("gathered weights", job.gathered.root + job.gathered.block)
 
 
-def _gather_buffers(job: Job, numel: float) -> list[Term]:
+def _unpacked(job: Job) -> list[Term]:
+    """A weight in NF4 has its numbers while it is multiplied by, one at a time: of experts so many as nf4_ops.py takes.
+
+    They are worked out in parts, whose temporaries are about 100 MB (nf4.py); compiled, without any.
+    """
+    if not job.num_unpacked:
+        return []
+    beside = 0 if job.parallel.compile else min(_UNPACKING_BYTES, 12 * job.num_unpacked)
+    return [Term("one dequantised weight", job.number_bytes * job.num_unpacked + beside)]
+
+
+def _gather_buffers(job: Job, num_bytes: float) -> list[Term]:
     """What all-gathers write to before it is copied out; nothing is gathered where every GPU has all."""
     if job.shard_degree == 1:
         return []
-    return [Term("all-gather buffers", job.number_bytes * numel, "gather")]
+    return [Term("all-gather buffers", num_bytes, "gather")]
 
 
 def _gradients(job: Job) -> list[Term]:
@@ -374,7 +389,7 @@ def _hole(job: Job, sizes: Sizes, *, freed: float) -> float:
     """
     if job.has_adapters or _keeps_gathered(job) or job.model.tie_word_embeddings or _REDUCE_BYTES * sizes.root <= freed:
         return 0.0
-    return freed + _running(job, sizes).num_bytes - job.number_bytes * sizes.root / 2
+    return freed + _running(job).num_bytes - job.number_bytes * sizes.root / 2
 
 
 def _mask(job: Job) -> list[Term]:
@@ -434,7 +449,7 @@ def host_terms(job: Job) -> tuple[Term, ...]:
     slot = _STATE_BYTES * trained
     in_memory = bool(job.checkpoint.in_memory_checkpointing_freq)
     copies = min(job.checkpoint.num_memory_copies, job.num_nodes - 1) if in_memory else 0
-    frozen = job.number_bytes * sizes_of(job.model).shard(job.shard_degree) if job.has_adapters else 0
+    frozen = job.gathered.shard(job.shard_degree) if job.has_adapters else 0
     offloaded = frozen + (_STATE_BYTES + _REDUCE_BYTES) * trained if job.parallel.cpu_offload else 0
     activations = saved_by_token(job).on_host * job.micro_tokens * job.model.num_layers
     return (

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..adapters.targets import adapter_specs, adapter_targets, trained_flops
+from ..adapters.targets import adapter_specs, adapter_targets, nf4_formats, trained_flops
 from ..catalog.instances import Instance
 from ..config.checks import accumulation_steps, flash_obstacle
 from ..config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -40,6 +40,46 @@ class Sizes:
             size = shape[shard_dimension(shape, degree)]
             total += count * -(-size // degree) * (math.prod(shape) // size)
         return total
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes of a model's weights as ranks gather them: in all, outside the blocks, and of the largest block.
+
+    `parts`: sizes, and the bytes of what they count.
+    """
+
+    parts: tuple[tuple[Sizes, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(sizes.total * item_bytes for sizes, item_bytes in self.parts)
+
+    @property
+    def root(self) -> int:
+        return sum(sizes.root * item_bytes for sizes, item_bytes in self.parts)
+
+    @property
+    def block(self) -> int:
+        return sum(sizes.block * item_bytes for sizes, item_bytes in self.parts)
+
+    def shard(self, degree: int) -> int:
+        """Bytes of the fullest of `degree` ranks' part."""
+        return sum(sizes.shard(degree) * item_bytes for sizes, item_bytes in self.parts)
+
+
+@functools.lru_cache(maxsize=16)
+def _gathered(model: ModelConfig, adapters: AdapterConfig, number_bytes: int) -> Gathered:
+    formats, specs = nf4_formats(model, adapters), family_of(model.model_type).parameters(model)
+    if not formats:
+        return Gathered(((sizes_of(model), number_bytes),))
+    # As nf4_modules.py has them: rows of bytes, which ranks share; codes and scales have the same number of rows.
+    packed = [
+        ParameterSpec(name, (layout.num_rows, layout.code_bytes + layout.scale_bytes), "zeros")
+        for name, layout in formats.items()
+    ]
+    dense = [spec for spec in specs if spec.name not in formats]
+    return Gathered(((_sizes(dense), number_bytes), (_sizes(packed), 1)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -93,6 +133,16 @@ class Job:
     def has_adapters(self) -> bool:
         """Whether only adapters are trained, beside weights that are frozen."""
         return self.adapters.lora_r > 0
+
+    @property
+    def gathered(self) -> Gathered:
+        """Bytes of the model's weights as they are gathered and, where frozen, held; adapters come on top."""
+        return _gathered(self.model, self.adapters, self.number_bytes)
+
+    @property
+    def num_unpacked(self) -> int:
+        """Weights out of NF4 that are held at a time; 0 without it."""
+        return max((layout.num_unpacked for layout in nf4_formats(self.model, self.adapters).values()), default=0)
 
     @property
     def trained(self) -> Sizes:

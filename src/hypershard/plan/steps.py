@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.targets import nf4_formats
 from ..catalog.bus_bandwidth import bus_bandwidth
 from ..config.schema import AdapterConfig
 from ..errors import ConfigError
 from .bytes import saved_by_token
-from .job import Job, flops_of, sizes_of
+from .job import Job, flops_of
 
 LEVEL = "closed form"
 _PASSES = 3  # over what a block saves: written in forward, read in backward, and its gradient
 _LOGIT_BYTES = 40  # read and written per logit by the loss: the product, logsumexp, exp, and two casts
 _OPTIMIZER_BYTES = 34  # per parameter: AdamW reads four float32 numbers and writes three; the gather's cast is 6
+_UNPACK_BYTES, _UNPACK_BYTES_COMPILED = 14.0, 2.5  # read and written per weight that leaves NF4
 _SECOND_RECOMPUTED = 0.5  # of the blocks' matrix products, by --activation_checkpointing=selective
 
 
@@ -152,13 +154,25 @@ def work_of(job: Job) -> Work:
     square = 2.0 if job.attention_path == "dense" and job.data.document_mask else 1.0
     peak, bandwidth = peak_flops(job), job.instance.gpu.memory_tb_per_second * 1e12
     recomputed = job.parallel.activation_checkpointing != "none"
+    saved = tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed)
     return Work(
         products=tokens * (flops.matmul + again * forward) / peak,
         attention=tokens * flops.attention * (1 + attended_again) * square / peak,
-        memory=tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed) / bandwidth,
+        memory=(saved + _unpacked_bytes(job)) / bandwidth,
         logits=tokens * vocab * _LOGIT_BYTES / bandwidth,
         network=communication(job).hidden,
     )
+
+
+def _unpacked_bytes(job: Job) -> float:
+    """Memory traffic of one micro-step to dequantise: in forward, in backward, and where products are computed again.
+
+    A pass costs its code and its number in bfloat16 where one kernel does it, 14 bytes by parts (adapters/nf4.py).
+    """
+    passes = 2 + {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
+    num_bytes = _UNPACK_BYTES_COMPILED if job.parallel.compile else _UNPACK_BYTES
+    formats = nf4_formats(job.model, job.adapters)
+    return passes * num_bytes * sum(math.prod(layout.shape) for layout in formats.values())
 
 
 def _optimizer_seconds(job: Job) -> float:
@@ -178,7 +192,7 @@ def _offload_seconds(job: Job) -> float:
     # Shards go to the GPU for forward and for backward, gradients come back: in float32, but what is frozen.
     weights = 3 * 4 * job.trained.shard(job.shard_degree)
     if job.has_adapters:
-        weights += 2 * job.number_bytes * sizes_of(job.model).shard(job.shard_degree)
+        weights += 2 * job.gathered.shard(job.shard_degree)
     return (activations + weights) / rate
 
 
@@ -193,14 +207,14 @@ def host_bytes_per_second(job: Job) -> float:
 
 def communication(job: Job) -> Communication:
     """Seconds of the collectives of parallel/fsdp.py's table, and what is assumed of the network."""
-    sizes, layers = sizes_of(job.model), job.model.num_layers
-    block, root, number, trained = sizes.block, sizes.root, job.number_bytes, job.trained
+    layers = job.model.num_layers
+    block, root, trained = job.gathered.block, job.gathered.root, job.trained
     degree = job.shard_degree
     nodes = max(1, math.ceil(degree / job.instance.num_gpus))
     rate, assumptions = _bandwidth(job, nodes)
 
-    def gather(size: float) -> float:
-        return _moved(number * size, degree, rate * _gather_share(job), nodes)
+    def gather(num_bytes: float) -> float:
+        return _moved(num_bytes, degree, rate * _gather_share(job), nodes)
 
     def reduce(size: float) -> float:
         return _moved(4.0 * size, degree, rate * _gather_share(job), nodes)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.schema import AdapterConfig
 from ..errors import CheckpointError
 from ..log import logger
 from ..models.family import family_of
@@ -104,10 +105,10 @@ def _refuse_other_adapters(job: Job, facts: Mapping[str, Any]) -> None:
     """Adapters are worth something only beside the weights they were trained beside, and counted as they were then."""
     if job.base is None:
         return
-    now, then = dataclasses.asdict(job.adapters), facts["adapters"]
+    now, then = dataclasses.asdict(job.adapters), dataclasses.asdict(AdapterConfig(**facts["adapters"]))
     flags = [
         f"--{name}={then[name]} (this run: {now[name]})"
-        for name in ("lora_alpha", "lora_rslora")
+        for name in ("lora_alpha", "lora_rslora", "bnb_quant_type", "bnb_double_quant")
         if then[name] != now[name]
     ]
     if flags:

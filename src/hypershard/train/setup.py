@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from ..adapters.lora import add_adapters
+from ..adapters.nf4 import fuse_dequantisation
+from ..adapters.nf4_ops import is_product
+from ..adapters.nf4_weights import hold_in_nf4
 from ..adapters.targets import adapter_specs, adapter_targets, trained_flops
 from ..catalog.gpus import gpu_by_device_name
 from ..checkpoint.manager import CheckpointManager
@@ -229,6 +232,10 @@ def build_module(
         # Computing in bfloat16 rounds frozen weights anyway, so they are never held longer.
         frozen_dtype = torch.bfloat16 if config.parallel.bf16 else torch.float32
         add_adapters(hf_model, targets, adapters=adapters, frozen_dtype=frozen_dtype)
+    if adapters.bnb_quant_type == "nf4":
+        hold_in_nf4(hf_model, family.matrices(model), double_quant=adapters.bnb_double_quant)
+        if config.parallel.compile and world.device.type == "cuda":
+            fuse_dequantisation()
     family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / samples_per_step)
     module = LanguageModel(
         hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
@@ -246,6 +253,7 @@ def build_module(
         parallel=config.parallel,
         device=world.device,
         low_rank=adapters.lora_r,
+        is_product=is_product,
     )
     return module.train(), sharded
 

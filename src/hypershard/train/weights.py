@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from ..adapters.lora import bit_sums
+from ..adapters.nf4_weights import Nf4Weight, nf4_weights
 from ..adapters.peft_format import load_peft
 from ..adapters.targets import adapter_specs, adapter_targets
 from ..checkpoint.hf import load_hf_weights
 from ..config.schema import Config, ModelConfig
 from ..log import logger
-from ..models.family import family_of
+from ..models.family import ParameterSpec, family_of
 from ..models.same_config import refuse_other_config
-from ..parallel.init import initialise
+from ..parallel.init import initialise, initialise_part
 from ..storage import local_path
 from .init_from import Origin
 
@@ -24,7 +25,7 @@ from .init_from import Origin
 class Base:
     """The frozen weights beside which adapters are trained: where they came from, and what tells them from others.
 
-    `bit_sums` has a number for each weight, in the order of the family's list (adapters/lora.py).
+    `bit_sums` has a number for each weight as it is held, in the order of the family's list (adapters/lora.py).
     """
 
     init_from: str
@@ -47,14 +48,17 @@ def first_weights(
     something else.
     """
     family, init_from, seed = family_of(model.model_type), config.train.init_from, config.data.seed
-    parameters = dict(hf_model.named_parameters())
+    parameters, packed = dict(hf_model.named_parameters()), nf4_weights(hf_model)
     specs = family.parameters(model)
-    weights = {spec.name: parameters[spec.name] for spec in specs}
+    plain = [spec for spec in specs if spec.name not in packed]
     if origin is None:
-        initialise(weights, specs, seed=seed, device=device)
+        initialise(parameters, plain, seed=seed, device=device)
+        for spec in specs:
+            if spec.name in packed:
+                _draw_packed(packed[spec.name], spec, seed=seed, device=device)
     else:
         refuse_other_config(family.hf_config(model), origin.local, init_from=init_from)
-        load_hf_weights(origin.folder, weights)
+        load_hf_weights(origin.folder, {spec.name: packed.get(spec.name) or parameters[spec.name] for spec in specs})
     targets = adapter_targets(model, config.adapters)
     if not targets:
         return None
@@ -65,4 +69,13 @@ def first_weights(
     else:
         folder = local_path(config.adapters.lora_init_from, flag="--lora_init_from")
         load_peft(folder, config.adapters, targets, parameters)
-    return Base(init_from, bit_sums(weights, num_replicas=num_replicas, device=device))
+    held = [packed[spec.name].parts() if spec.name in packed else (parameters[spec.name],) for spec in specs]
+    return Base(init_from, bit_sums(held, num_replicas=num_replicas, device=device))
+
+
+def _draw_packed(weight: Nf4Weight, spec: ParameterSpec, *, seed: int, device: torch.device) -> None:
+    """Quantise what the seed says."""
+    for box in weight.boxes():
+        values = weight.empty(box)
+        initialise_part(values, spec, starts=[span.start for span in box], seed=seed, device=device)
+        weight.fill(box, values)

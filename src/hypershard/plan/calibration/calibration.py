@@ -54,6 +54,7 @@ class Setup:
     offload_activations: bool
     cpu_offload: bool
     has_adapters: bool
+    bnb_quant_type: str
     peak_tflops: float
 
     def __str__(self) -> str:
@@ -123,6 +124,7 @@ def setup_of(job: Job) -> Setup:
         offload_activations=parallel.offload_activations,
         cpu_offload=parallel.cpu_offload,
         has_adapters=job.has_adapters,
+        bnb_quant_type=job.adapters.bnb_quant_type,
         peak_tflops=round(peak_flops(job) / 1e12, 6),
     )
 
@@ -254,7 +256,7 @@ _CLASSES = ("same", "near", "other")
 _SIZES = ("active_parameters", "hidden_width", "num_layers", "context_tokens", "train_batch_size", "num_gpus")
 _KINDS = (
     *("model_type", "attention", "compile", "bf16", "deterministic", "offload_activations", "cpu_offload"),
-    "has_adapters",
+    *("has_adapters", "bnb_quant_type"),
 )
 _TRADES = ("sharding_strategy", "activation_checkpointing", "accumulation")  # whose work the closed form counts well
 
