@@ -32,6 +32,8 @@ def courses(world: World, flags: str, cache_dir: Path) -> list[object]:
         ]
         rehearsed = first_course(job, Progress())
         assert first_course(job, after) == after, "a run that goes on keeps its course"
+        wider = dataclasses.replace(planned, limits=dataclasses.replace(job.limits, max_seconds=3600.0))
+        assert wider.last_step(first_course(wider, after)) == 1000, "in a wider window it is laid anew"
         return [before.course, after.course, again == after, noise == after, rates, rehearsed.course]
 
 
@@ -49,7 +51,7 @@ def test_the_schedule_ends_with_the_window(pools: Callable[[int], RankPool], cac
 
 def unwindowed(world: World, flags: str, cache_dir: Path) -> object:
     with a_job(world, flags, cache_dir) as job:
-        return first_course(job, Progress(step=3, course=Course(5, 0.0, 0.5))).course
+        return first_course(job, Progress(step=3, course=Course(3600.0, 5, 0.0, 0.5))).course
 
 
 def test_without_a_window_the_schedule_is_the_configured_one(pools: Callable[[int], RankPool], cache_dir: Path) -> None:

@@ -17,12 +17,14 @@ _SMALLEST_CHANGE = 0.02  # of the steps still to come; less is the noise of meas
 def first_course(job: Job, progress: Progress) -> Progress:
     """`progress` with a course for --max_hours, before the first step of a process; collective.
 
-    By the plan's seconds of a step, where it has none by one micro-step's; a run that goes on keeps its course. Without
-    --max_hours the schedule is the configured one.
+    By the plan's seconds of a step, where it has none by one micro-step's. A run that goes on in the same window keeps
+    its course; in another it is laid anew over the configured schedule, which without --max_hours stands as it is.
     """
+    course = progress.course
+    if course is not None and course.max_seconds == job.limits.max_seconds:
+        return progress
+    progress = dataclasses.replace(progress, course=None)
     if job.limits.max_seconds is None:
-        return dataclasses.replace(progress, course=None)
-    if progress.course is not None:
         return progress
     return lay_course(job, progress, step_seconds=job.forecast.step_seconds or measured_step_seconds(job))
 
@@ -57,4 +59,6 @@ def lay_course(job: Job, progress: Progress, *, step_seconds: float) -> Progress
     say(f"--max_hours={hours:g} at {step_seconds:.3g} s a step: {anew.why}")
     if anew.last_step == last_step:
         return progress
-    return dataclasses.replace(progress, course=Course(anew.last_step, anew.optim.warmup, anew.optim.plateau))
+    return dataclasses.replace(
+        progress, course=Course(limits.max_seconds, anew.last_step, anew.optim.warmup, anew.optim.plateau)
+    )

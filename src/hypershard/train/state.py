@@ -23,6 +23,7 @@ from ..optim.adamw import MOMENTS
 class Course:
     """A schedule that was laid anew so that the run ends within its window (replan.py): its end, and its two shares."""
 
+    max_seconds: float
     last_step: int
     warmup: float
     plateau: float

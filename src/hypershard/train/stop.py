@@ -43,9 +43,12 @@ class Limits:
 
 
 def stop_reason(progress: Progress, limits: Limits, *, asked: str | None) -> str | None:
-    """ "steps", "early", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on."""
+    """ "steps", "early", or what the ranks agreed was asked for ("hours" or a signal's name), or None to go on.
+
+    "hours" too where a course laid for --max_hours is at its end before the configured steps are.
+    """
     if progress.step >= limits.last_step_of(progress):
-        return "steps"
+        return "steps" if progress.step >= limits.last_step else "hours"
     if limits.patience is not None and progress.best is not None and progress.best.num_since >= limits.patience:
         return "early"
     return asked
