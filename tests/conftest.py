@@ -60,6 +60,16 @@ def s3_server() -> Iterator[Server]:
 
 
 @pytest.fixture
+def own_connections() -> Iterator[None]:
+    """For a test that sets an address of its own in the environment: s3fs keeps to the first it was told."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB: room for one small checkpoint, not for three."""
     path = tmp_path / "small_disk"

@@ -6,7 +6,6 @@ import random
 
 import boto3
 import pytest
-import s3fs
 from botocore.config import Config
 
 from hypershard.errors import DataError, StorageError
@@ -20,7 +19,7 @@ QUICK = Patience(connect_seconds=1, read_seconds=0.5, num_attempts=4, first_wait
 
 
 @pytest.fixture
-def bucket(s3_server):
+def bucket(s3_server, own_connections):
     """Puts objects, and gives their s3:// location."""
     client = boto3.client("s3", endpoint_url=s3_server.endpoint, config=Config(retries={"max_attempts": 1}))
 
@@ -28,9 +27,7 @@ def bucket(s3_server):
         client.put_object(Bucket=BUCKET, Key=key, Body=content)
         return f"s3://{BUCKET}/{key}"
 
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield put
-    s3fs.S3FileSystem.clear_instance_cache()
+    return put
 
 
 @pytest.fixture

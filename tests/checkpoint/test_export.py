@@ -199,6 +199,7 @@ def test_damage_and_full_directories_are_refused(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("own_connections")
 def test_a_bucket_takes_and_gives_models(
     tmp_path: Path, s3_server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
