@@ -47,7 +47,6 @@ def test_the_run_directory_is_complete(run_dir: Path) -> None:
         "code.txt",
         "plan.json",
         "actual.json",
-        "calibrations",
         "environment.json",
         "metrics.jsonl",
         "events.jsonl",
