@@ -477,7 +477,7 @@ def test_a_stalled_server_costs_no_more_than_the_deadline_and_one_time_out(
         proxy.seen.clear()
         with pytest.raises(StorageError, match=said):
             doing()
-        assert 1 <= len(proxy.requests("GET")) + len(proxy.requests("PUT")) <= 4  # no attempt after the deadline
+        assert len(proxy.requests("GET")) + len(proxy.requests("PUT")) <= 4  # no attempt after the deadline
     proxy.release()
     proxy.set()
     assert s3.list_objects(BASE, deadline=soon()) == {"small": 7}
