@@ -69,10 +69,33 @@ def check(config: Config) -> None:
             "model's folder"
         )
     _check_adapters(config)
+    _check_best(config)
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
             f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}, which would cut the "
             f"decay of wsd; lower --lr_decay_iters"
+        )
+
+
+def _check_best(config: Config) -> None:
+    """What acts on validations needs some, and what is kept needs a place."""
+    train, checkpoint = config.train, config.checkpoint
+    if train.early_stopping_min_gain and train.early_stopping_patience is None and not checkpoint.keep_best:
+        raise ConfigError("--early_stopping_min_gain acts only with --early_stopping_patience or --keep_best")
+    wanted = [
+        flag
+        for flag, is_given in (
+            ("--early_stopping_patience", train.early_stopping_patience is not None),
+            ("--keep_best", checkpoint.keep_best),
+        )
+        if is_given
+    ]
+    if wanted and train.validation_freq is None:
+        raise ConfigError(f"{wanted[0]} acts on validations, and there is only one, at the end; give --validation_freq")
+    in_bucket = checkpoint.s3_tier_base_path is not None and checkpoint.s3_checkpointing_freq != 0
+    if checkpoint.keep_best and checkpoint.checkpoint_freq == 0 and not in_bucket:
+        raise ConfigError(
+            "--keep_best=1 keeps a checkpoint in --checkpoint_dir or S3, and both are off; drop --checkpoint_freq=0"
         )
 
 
