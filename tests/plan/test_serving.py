@@ -53,5 +53,11 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "p4d.24xlarge" in capsys.readouterr().out
     assert run(["--model=llama3_8b", "--serve=1", "--serve_bits=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["places"][0]["dollars_per_hour"] > 0
+    assert run(["--model=llama3_8b", "--serve=1", "--instance=p5,g5", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["places"]) == 2
+    with pytest.raises(ConfigError, match="--search does nothing there"):
+        run(["--model=llama3_8b", "--serve=1", "--search"])
+    with pytest.raises(ConfigError, match="only with --serve"):
+        run(["--model=llama3_8b", "--instance=p5", "--serve_bits=4"])
     with pytest.raises(ConfigError, match="--serve_bits=5: expected one of 16, 8, 4"):
         run(["--model=llama3_8b", "--serve=1", "--serve_bits=5"])

@@ -102,15 +102,16 @@ def run(argv: Sequence[str]) -> int:
     """Print the plan; 0 whether or not it fits. Raises ConfigError for what `train` would refuse too."""
     namespace = parse(build_parser(), argv, also_known=(*_OWN, "model", "config"))
     setup_logging(rank=0)
+    if namespace.serve is not None:
+        return plan_serve.run(namespace)
     if namespace.traced:
         plan_traced.refuse_elsewhere(namespace)
     if namespace.check is not None:
         return plan_check.run(namespace.check)
-    if namespace.serve is not None:
-        return plan_serve.run(namespace)
     if namespace.search:
         return plan_search.run(namespace)
     plan_search.refuse_alone(namespace)
+    plan_serve.refuse_alone(namespace)
     if namespace.calibrate is not None:
         return plan_calibrate.run(namespace)
     question = asked(plan_window.with_training_config(namespace))

@@ -6,20 +6,22 @@ import argparse
 import json
 from collections.abc import Iterator
 
-from ..catalog.instances import instances, price
+from ..catalog.instances import instance, instances, price
 from ..errors import ConfigError
 from ..plan.serving import BYTES_PER_WEIGHT, Need, Place, need_of, places_for
 from ..units import format_bytes, format_count
 from .plan_flags import resolve, whole_number, with_vocabulary
 
 HELP = (
-    "price an hour of serving the model to N sequences of --max_context_width at once, on every instance that holds it"
+    "price an hour of serving the model to N sequences of --max_context_width at once, on every instance that holds it "
+    "or on those of --instance"
 )
 BITS_HELP = "--serve: bits of a weight, 16 (default), 8 or 4; embedding and output head stay in 16"
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Print the instances, the cheapest first. Raises ConfigError for what no model or number is."""
+    _refuse_others(namespace)
     bits = whole_number("serve_bits", namespace.serve_bits or "16")
     if bits not in BYTES_PER_WEIGHT:
         raise ConfigError(f"--serve_bits={bits}: expected one of {', '.join(map(str, BYTES_PER_WEIGHT))}")
@@ -27,7 +29,9 @@ def run(namespace: argparse.Namespace) -> int:
     resolved, name = resolve(namespace)
     model = with_vocabulary(resolved.config, ids_of_data=None)
     need = need_of(model, bits=bits, num_sequences=num_sequences)
-    prices = [(row, price(row, "ec2", prices_file=namespace.prices_file)) for row in instances()]
+    asked = namespace.instance
+    rows = instances() if asked is None else [instance(name) for name in asked.split(",")]
+    prices = [(row, price(row, "ec2", prices_file=namespace.prices_file)) for row in rows]
     heads = model.num_key_value_heads or model.num_heads
     found = places_for(need, num_sequences=num_sequences, heads=heads, prices=prices)
     if namespace.json:
@@ -36,6 +40,20 @@ def run(namespace: argparse.Namespace) -> int:
         about = f"{name}: {num_sequences} x {model.max_context_width:,} tokens at once, weights in {bits} bits"
         print("\n".join(_page(about, need, found)))
     return 0
+
+
+def refuse_alone(namespace: argparse.Namespace) -> None:
+    """ConfigError for a flag that acts only with --serve."""
+    if namespace.serve_bits is not None:
+        raise ConfigError("--serve_bits acts only with --serve; add it, or drop --serve_bits")
+
+
+def _refuse_others(namespace: argparse.Namespace) -> None:
+    for name in ("nodes", "search", "deadline", "picture", "traced", "calibrate", "check", "max_hours"):
+        if getattr(namespace, name, None) not in (None, False):
+            raise ConfigError(
+                f"--serve prices serving, on one node, and --{name} does nothing there: drop one of the two"
+            )
 
 
 def _page(about: str, need: Need, found: list[Place]) -> Iterator[str]:
