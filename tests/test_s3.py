@@ -462,6 +462,7 @@ def test_a_stalled_server_costs_no_more_than_the_deadline_and_one_time_out(
     s3: S3, hasty: S3, proxy: FaultProxy
 ) -> None:
     upload(s3, b"content", "small")
+    hasty.read(BASE / "small", deadline=soon())  # its client is made, which takes a while on a busy machine
     proxy.set(Rule(Fault(stall=True), "GET"), Rule(Fault(stall=True), "PUT", "partNumber"))
     for doing, said in (
         (
@@ -477,7 +478,7 @@ def test_a_stalled_server_costs_no_more_than_the_deadline_and_one_time_out(
         proxy.seen.clear()
         with pytest.raises(StorageError, match=said):
             doing()
-        assert len(proxy.requests("GET")) + len(proxy.requests("PUT")) <= 4  # no attempt after the deadline
+        assert 1 <= len(proxy.requests("GET")) + len(proxy.requests("PUT")) <= 4  # no attempt after the deadline
     proxy.release()
     proxy.set()
     assert s3.list_objects(BASE, deadline=soon()) == {"small": 7}

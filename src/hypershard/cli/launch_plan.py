@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HypershardError
 from ..log import logger
 from ..plan.estimate import Plan, why_not
 
@@ -21,7 +21,7 @@ def planned(model: str | None, instance: str | None, *, num_nodes: int, train_fl
     words = [f"--model={model}"] if model else []
     try:
         made = plan_of([*words, f"--instance={instance}", f"--nodes={num_nodes}", *train_flags])
-    except ConfigError as error:
+    except HypershardError as error:  # also a bucket that holds the run file and does not answer here
         logger.info(f"whether it fits was not checked, because no plan could be made ({error})")
         return None
     if made.memory.verdict != "does not fit":

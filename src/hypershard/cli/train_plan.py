@@ -58,8 +58,11 @@ class RunPlan(Sink):
             return Forecast()
         found: Forecast | str = ""
         if self._world.ranks.is_main:
-            self._made = _plan_here(self._config, model, self._world, last_step)
-            found = _planned(self._run_dir, self._made, is_forced=self._config.train.force)
+            try:
+                self._made = _plan_here(self._config, model, self._world, last_step)
+                found = _planned(self._run_dir, self._made, is_forced=self._config.train.force)
+            except ConfigError as error:  # the others wait for an answer
+                found = str(error)
         found = from_main(found)
         if isinstance(found, str):
             raise ConfigError(found)

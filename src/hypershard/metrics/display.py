@@ -75,10 +75,16 @@ def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
         parts.append(f"waits for data {record['data_seconds'] / record['step_seconds']:.0%}")
     parts += [
         format_bytes(record["memory_bytes"]),
-        f"eta {format_seconds((last_step - step) * record['step_seconds'])}",
+        f"eta {format_seconds(_seconds_left(step, last_step, record))}",
         *_plan_parts(record),
     ]
     return "  ".join(parts)
+
+
+def _seconds_left(step: int, last_step: int, record: Mapping[str, Any]) -> float:
+    """At the pace of the last steps; by this one alone where the record tells none."""
+    hours: float | None = record.get("training/remaining_hours")
+    return (last_step - step) * record["step_seconds"] if hours is None else hours * 3600
 
 
 def _plan_parts(record: Mapping[str, Any]) -> list[str]:
