@@ -214,3 +214,13 @@ def test_the_readmes_search_prints_what_is_shown(
     printed = answer(capsys, *shlex.split(command)).splitlines()
     assert len(shown) > 8
     assert [line for line in shown if line != "…" and line not in printed] == []
+
+
+def test_the_page_tells_what_the_compute_would_do_best_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """10^4 steps of 524,288 tokens: of a dense model that starts anew, and of no other."""
+    words = ["--model=llama3_8b", "--instance=p5", "--nodes=4", "--train_batch_size=2", "--activation_checkpointing=1"]
+    assert run([*words, "--max_steps=10000"]) == 0
+    said = capsys.readouterr().out
+    assert "164.1B tokens for this model, and for this compute 1.374B parameters with 30.64B tokens: 2.44 nats" in said
+    assert run([*words, "--max_steps=10000", "--lora_r=16"]) == 0
+    assert "compute-optimal" not in capsys.readouterr().out

@@ -14,7 +14,7 @@ from ..models.files import available_models
 from ..plan import bytes as memory
 from ..plan.data_view import DataFacts, DataView, whole_tokens
 from ..plan.estimate import LEVEL, Memory, Plan, as_dict, plan
-from ..plan.scaling import predicted_loss
+from ..plan.scaling import compute_optimal, optimal_tokens, predicted_loss
 from ..plan.traced import CannotTrace, Traced
 from ..units import format_bytes, format_count, format_seconds
 from . import plan_calibrate, plan_check, plan_data, plan_search, plan_serve, plan_traced, plan_window
@@ -248,6 +248,12 @@ def _time_lines(made: Plan, facts: DataFacts | None) -> Iterator[str]:
                 made.sizes.total, made.num_steps * made.job.step_tokens, num_unique_tokens=unique_tokens
             )
             yield f"loss     {law} at the end, on web text by a law of dense models"
+            best = compute_optimal(6.0 * made.sizes.total * made.num_steps * made.job.step_tokens)
+            yield (
+                f"         compute-optimal are {format_count(optimal_tokens(made.sizes.total))} tokens for this model, "
+                f"and for this compute {format_count(best.num_parameters)} parameters with "
+                f"{format_count(best.num_tokens)} tokens: {best.loss_nats:.2f} nats"
+            )
         yield f"hours    {made.hours:,.3g} ({duration}) for {steps}   [{_level(made)}]"
     if made.window is not None:
         yield f"window   {made.window}"

@@ -57,7 +57,6 @@ HOFFMANN = LossFit(
     token_exponent=0.28,
     source="Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3",
 )
-FITS = {fit.name: fit for fit in (BESIROGLU, HOFFMANN)}
 
 
 @dataclass(frozen=True, kw_only=True)
