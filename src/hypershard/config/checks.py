@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import ConfigError
-from .schema import AdapterConfig, Config, DataConfig, ModelConfig, ParallelConfig
+from .schema import AdapterConfig, Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
 
 # What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
 # Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
@@ -70,6 +70,7 @@ def check(config: Config) -> None:
         )
     _check_adapters(config)
     _check_best(config)
+    _check_objective(config)
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
             f"--lr_decay_iters={optim.lr_decay_iters} ends after --max_steps={train.max_steps}, which would cut the "
@@ -119,6 +120,43 @@ def _check_adapters(config: Config) -> None:
         )
     if adapters.lora_dropout == 1:
         raise ConfigError("--lora_dropout=1 leaves the adapters no input; choose less, 0.05 or 0.1 are usual")
+
+
+def _check_objective(config: Config) -> None:
+    """Preferences are learnt from pairs of answers, kept together, beside weights that stay what they are."""
+    objective, data = config.objective, config.data
+    if objective.objective != "dpo":
+        for field in dataclasses.fields(ObjectiveConfig):
+            if getattr(objective, field.name) != field.default:
+                raise ConfigError(
+                    f"--{field.name}={getattr(objective, field.name)} acts only with --objective=dpo; drop the flag"
+                )
+        if data.data_kind == "preference":
+            raise ConfigError("--data_kind=preference: pairs of answers are for --objective=dpo; give that too")
+        return
+    if not config.adapters.lora_r:
+        raise ConfigError(
+            "--objective=dpo compares with the model as it was, which is the one without its adapters; give --lora_r "
+            "(16 is usual)"
+        )
+    if config.adapters.lora_init_from is not None:
+        raise ConfigError(
+            "--objective=dpo starts from adapters that change nothing: with --lora_init_from it would be compared with "
+            "the model before these; merge them first (hypershard checkpoint export) and give the result as --init_from"
+        )
+    refused = (
+        ("data_kind", ("auto", "preference")),
+        ("packing", (None, "best_fit")),
+        ("long_documents", (None, "drop")),
+        ("document_mask", (True,)),
+        ("streaming", (None, False)),
+    )
+    for name, allowed in refused:
+        if getattr(data, name) not in allowed:
+            raise ConfigError(
+                f"--{name}={getattr(data, name)}: --objective=dpo takes pairs of whole answers, packed side by side, "
+                f"which do not see each other; drop the flag"
+            )
 
 
 def check_world(parallel: ParallelConfig, *, world_size: int, local_world_size: int) -> None:

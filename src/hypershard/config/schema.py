@@ -110,8 +110,9 @@ class DataConfig:
     dataset_config_name: str | None = setting(None, "which configuration of a hub data set; default: its own default")
     data_kind: str = setting(
         "auto",
-        "rows are plain text or conversations; auto: conversations where the first row has messages_field",
-        choices=("auto", "text", "chat"),
+        "rows are plain text, conversations, or preferences (a prompt with a chosen and a rejected answer); auto: what "
+        "the keys of the first row say",
+        choices=("auto", "text", "chat", "preference"),
     )
     text_field: str = setting("text", "key or column that holds the text")
     messages_field: str = setting("messages", "key or column that holds a conversation's messages")
@@ -241,6 +242,15 @@ class TrainConfig:
         None, "steps between validations; default: only at the end", minimum=1, unit="steps"
     )
     validation_batches: int = setting(10, "batches per GPU in one validation", minimum=1)
+    validation_texts: int = setting(
+        0, "texts that the model writes at each validation, for the report (greedy, all GPUs together)", minimum=0
+    )
+    validation_prompts: str | None = setting(
+        None,
+        "file with what the model goes on from, a line each; default: beginnings of held-out documents, and held-out "
+        "conversations up to the answer",
+    )
+    validation_text_tokens: int = setting(64, "how long these texts become at most", minimum=1, unit="tokens")
     early_stopping_patience: int | None = setting(
         None, "stop after so many validations in a row without a lower loss; default: never", minimum=1
     )
@@ -366,6 +376,22 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is learnt."""
+
+    objective: str = setting(
+        "next_token",
+        "next_token: to write what the data hold; dpo: to prefer the chosen to the rejected answer (arXiv 2305.18290), "
+        "against the model without its adapters",
+        choices=("next_token", "dpo"),
+    )
+    dpo_beta: float = setting(0.1, "dpo: how dear it is to move away from the frozen model", minimum=0.0)
+    dpo_label_smoothing: float = setting(
+        0.0, "dpo: share of the pairs taken to be labelled the wrong way round", minimum=0.0, maximum=0.5
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Where numbers go besides <run_dir>/metrics.jsonl."""
 
@@ -387,6 +413,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     adapters: AdapterConfig = AdapterConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     report: ReportConfig = ReportConfig()
 
 
