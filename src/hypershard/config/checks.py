@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import ConfigError
-from .schema import AdapterConfig, Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig
+from .schema import AdapterConfig, Config, DataConfig, ModelConfig, LearningConfig, ParallelConfig
 
 # What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
 # Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
@@ -124,12 +124,12 @@ def _check_adapters(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """Preferences are learnt from pairs of answers, kept together, beside weights that stay what they are."""
-    objective, data = config.objective, config.data
-    if objective.objective != "dpo":
-        for field in dataclasses.fields(ObjectiveConfig):
-            if getattr(objective, field.name) != field.default:
+    learning, data = config.learning, config.data
+    if learning.objective != "dpo":
+        for field in dataclasses.fields(LearningConfig):
+            if getattr(learning, field.name) != field.default:
                 raise ConfigError(
-                    f"--{field.name}={getattr(objective, field.name)} acts only with --objective=dpo; drop the flag"
+                    f"--{field.name}={getattr(learning, field.name)} acts only with --objective=dpo; drop the flag"
                 )
         if data.data_kind == "preference":
             raise ConfigError("--data_kind=preference: pairs of answers are for --objective=dpo; give that too")

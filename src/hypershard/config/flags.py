@@ -23,6 +23,7 @@ _TITLES = {
     "train": "train: how long, how often, from where",
     "checkpoint": "checkpoint: what survives, where, how often",
     "adapters": "adapters: LoRA, for fine-tuning with little memory",
+    "learning": "learning: what the loss asks for",
     "report": "report: where the run lives and its numbers go",
 }
 

@@ -376,7 +376,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class LearningConfig:
     """What is learnt."""
 
     objective: str = setting(
@@ -413,7 +413,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     adapters: AdapterConfig = AdapterConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    learning: LearningConfig = LearningConfig()
     report: ReportConfig = ReportConfig()
 
 
