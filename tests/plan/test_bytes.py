@@ -222,7 +222,7 @@ def test_slots_and_copies_are_the_checkpoint_tiers_own() -> None:
 
 
 def test_the_loss_holds_as_many_logits_as_it_does() -> None:
-    assert memory.CHUNK_NUMEL == loss._CHUNK_NUMEL
+    assert memory.CHUNK_NUMEL == loss.CHUNK_NUMEL
     planned = job("llama3_8b", train_batch_size=4)
     by_hand = 4 * 128_256 * 4096 + max(8 * 1046 * 128_256, 2 * (1046 + 4096) * 128_256)
     assert memory.logits(planned).num_bytes == by_hand

@@ -100,7 +100,7 @@ def losses_and_validation(world: World, flags: str, cache_dir: Path) -> tuple[fl
         for name, parameter in job.parameters.items():
             if name.endswith("lora_B"):
                 parameter.detach().fill_(0.01)
-        return evaluate(job), train_step(job, Progress(), flags=tuple).loss
+        return evaluate(job)["validation_loss"], train_step(job, Progress(), flags=tuple).loss
 
 
 def write_eight_texts(file: Path) -> str:

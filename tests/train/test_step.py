@@ -83,7 +83,7 @@ def test_nan_never_reaches_the_weights(pools: Callable[[int], RankPool], cache_d
 
 
 def test_the_guard_gives_up_after_the_allowed_number() -> None:
-    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, 0.0, 0.0, True, ())
+    report = StepReport(float("nan"), 1.0, 1e-3, 10, 2, 0.1, 0.0, 0.0, True, {}, ())
     progress = Progress(step=4, samples=8)
     for number in range(3):
         progress = advance(progress, report, seconds=report.seconds)
@@ -149,9 +149,9 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank(pools: Callable[[in
 
 def validation(world: World, flags: str, cache_dir: Path) -> tuple[float, float, bool]:
     with a_job(world, flags, cache_dir) as job:
-        before = evaluate(job)
+        before = evaluate(job)["validation_loss"]
         train_step(job, Progress(), flags=tuple)
-        after = evaluate(job)
+        after = evaluate(job)["validation_loss"]
         return before, after, job.module.training
 
 

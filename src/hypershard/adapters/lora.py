@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -35,6 +36,21 @@ def add_adapters(
                 module.__class__ = ADAPTED[type(module)]
                 module.lora_scale, module.lora_dropout = scale_of(adapters), adapters.lora_dropout  # type: ignore[assignment]
             module.register_parameter(name, nn.Parameter(torch.empty(spec.shape, device="meta", dtype=torch.float32)))
+
+
+@contextlib.contextmanager
+def without_adapters(hf_model: nn.Module) -> Iterator[None]:
+    """Let `hf_model` compute as if it had none."""
+    from .lora_modules import ADAPTED
+
+    adapted = [module for module in hf_model.modules() if isinstance(module, tuple(ADAPTED.values()))]
+    for module in adapted:
+        module.lora_is_on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.lora_is_on = True
 
 
 @torch.no_grad()

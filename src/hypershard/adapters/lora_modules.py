@@ -20,9 +20,12 @@ class _LowRank(nn.Module):
     lora_B: nn.Parameter
     lora_scale: float
     lora_dropout: float
+    lora_is_on: bool = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[.., in] -> [.., out]."""
+        if not self.lora_is_on:
+            return super().forward(x)  # type: ignore[no-any-return]
         # Scaled where it is narrow.
         narrow = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A) * self.lora_scale
         whole: torch.Tensor = super().forward(x)
@@ -42,12 +45,13 @@ class _LowRankExperts(nn.Module):
 
     lora_scale: float
     lora_dropout: float
+    lora_is_on: bool = True
 
     def multiply(self, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert, [N, in] -> [N, out]."""
         whole: torch.Tensor = super().multiply(name, rows, ends)  # type: ignore[misc]
         a, b = getattr(self, f"{name}_lora_A", None), getattr(self, f"{name}_lora_B", None)
-        if a is None or b is None:
+        if a is None or b is None or not self.lora_is_on:
             return whole
         rows = F.dropout(rows, self.lora_dropout, self.training)
         narrow = grouped_mm(rows, a.transpose(-2, -1), ends) * self.lora_scale

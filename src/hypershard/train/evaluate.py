@@ -1,4 +1,4 @@
-"""Validation: mean loss per token over the same held-out sequences each time."""
+"""Validation: mean loss over the same held-out sequences each time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from .step import on_device
 
 
 @torch.no_grad()
-def evaluate(job: Job) -> float:
-    """Mean cross entropy in nats per token over --validation_batches batches of every rank."""
+def evaluate(job: Job) -> dict[str, float]:
+    """`validation_loss`, in nats per token (or pair), and the means beside it, over --validation_batches of each rank."""
     device = job.world.device
-    loss_sum = torch.zeros((), device=device)
-    num_tokens = 0
+    names = ("loss", *job.module.statistics)
+    sums = torch.zeros(len(names), device=device)
+    num_terms = 0
     job.module.eval()
     try:
         for batch in job.data.validation():
-            loss_sum += job.module(*on_device(job, batch))
-            num_tokens += batch.num_valid_tokens
+            sums += job.module(*on_device(job, batch))
+            num_terms += job.module.num_terms(batch)
     finally:
         job.module.train()
         job.sharded.reshard()
-    total, count = sum_over_ranks([loss_sum, float(num_tokens)], device=device).tolist()
-    return total / max(1.0, count)
+    *totals, count = sum_over_ranks([*sums, float(num_terms)], device=device).tolist()
+    return {f"validation_{name}": total / max(1.0, count) for name, total in zip(names, totals, strict=True)}

@@ -51,10 +51,10 @@ def run(
     """Train until something says stop; every rank returns the same outcome (but for its own seconds)."""
 
     def validate() -> float:
-        loss = evaluate(job)
+        found = evaluate(job)
         for sink in sinks:
-            sink.write(progress.step, {"validation_loss": loss, "tokens": progress.tokens})
-        return loss
+            sink.write(progress.step, {**found, "tokens": progress.tokens})
+        return found["validation_loss"]
 
     progress = restore(job, start)
     sinks, pace = open_sinks(progress.step, job.last_step(progress)), Pace(job.forecast)

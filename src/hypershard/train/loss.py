@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.packing import IGNORED_LABEL
+from ..data.packing import IGNORED_LABEL, Batch
 
-_CHUNK_NUMEL = 2**27  # float32 logits held at a time: 512 MiB, large enough products for any GPU
+CHUNK_NUMEL = 2**27  # float32 logits held at a time: 512 MiB, large enough products for any GPU
 
 
 class LanguageModel(nn.Module):
@@ -25,6 +25,8 @@ class LanguageModel(nn.Module):
 
     The head's product happens inside this forward, so that the root's weights are gathered then.
     """
+
+    statistics: tuple[str, ...] = ()  # what is summed besides the loss
 
     def __init__(self, hf_model: nn.Module, *, backbone: nn.Module, output_weight_owner: nn.Module) -> None:
         super().__init__()
@@ -39,14 +41,30 @@ class LanguageModel(nn.Module):
         position_ids: torch.Tensor,
         segments: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
-        """Summed cross entropy in nats, float32 scalar; input_ids, labels, position_ids are int64 [B, T].
+        """Sums over what `num_terms` counts, float32 [1 + len(statistics)], the loss first: cross entropy in nats.
 
-        `segments` is what attention without a mask needs besides (train/attention.py); else it is empty.
+        input_ids, labels, position_ids are int64 [B, T]. `segments` is what attention without a mask needs besides
+        (train/attention.py); else it is empty.
         """
+        hidden, weight = self.hidden(input_ids, position_ids, segments)
+        return summed_cross_entropy(hidden, weight, labels.flatten()).unsqueeze(0)
+
+    @staticmethod
+    def num_terms(batch: Batch) -> int:
+        """How many terms the summed loss of this batch has: what it is divided by, over all ranks and micro-steps."""
+        return batch.num_valid_tokens
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the output head is multiplied with, [B*T, H], and the head's weight, [V, H]."""
         backbone, head = self._parts
         hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **segments).last_hidden_state
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
-        return summed_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten())
+        return hidden.flatten(0, 1), weight
 
 
 def summed_cross_entropy(
@@ -57,7 +75,7 @@ def summed_cross_entropy(
     hidden [N, H], weight [V, H] of one floating dtype, labels int64 [N]; returns a float32 scalar. A gradient that is
     not asked for, as that of a frozen head, is neither computed nor held.
     """
-    rows = chunk_rows or max(1, _CHUNK_NUMEL // weight.shape[0])
+    rows = chunk_rows or max(1, CHUNK_NUMEL // weight.shape[0])
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, rows, torch.is_grad_enabled())
     return loss
 

@@ -43,6 +43,7 @@ def step_record(job: Job, progress: Progress, report: StepReport, pace: Pace) ->
     )
     return {
         "loss": report.loss,
+        **report.statistics,
         "grad_norm": report.grad_norm,
         "lr": report.lr,
         "tokens": progress.tokens,

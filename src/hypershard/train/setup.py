@@ -36,6 +36,7 @@ from .attention import Attention, choose_attention
 from .data import TrainingData, build_data, open_data
 from .init_from import open_origin, tokenizer_of_run
 from .loss import LanguageModel
+from .preference import PreferenceModel
 from .refuse import refuse_missing_bf16, refuse_other_tokenizer
 from .state import Progress, checkpoint_tensors
 from .stop import Limits
@@ -237,9 +238,11 @@ def build_module(
         if config.parallel.compile and world.device.type == "cuda":
             fuse_dequantisation()
     family.add_router_loss(hf_model, scale_of_one_sequence=model.router_loss_weight / samples_per_step)
-    module = LanguageModel(
-        hf_model, backbone=family.backbone(hf_model), output_weight_owner=hf_model.get_output_embeddings()
-    )
+    parts = {"backbone": family.backbone(hf_model), "output_weight_owner": hf_model.get_output_embeddings()}
+    if config.learning.objective == "dpo":
+        module: LanguageModel = PreferenceModel(hf_model, **parts, learning=config.learning)
+    else:
+        module = LanguageModel(hf_model, **parts)
     mesh = build_mesh(
         config.parallel.sharding_strategy,
         world_size=world.size,

@@ -66,8 +66,9 @@ class StepReport:
 
     data_seconds: how long this rank waited for its batches; padding: share of its inputs that only fill up rows.
 
-    loss in nats per token over the global batch; grad_norm before clipping; `skipped` when either was not finite
-    and the weights were left alone; `flags` says of each flag given to the step whether any rank raised it.
+    loss in nats per token (per pair of answers) over the global batch, `statistics` the means beside it by name;
+    grad_norm before clipping; `skipped` when either was not finite and the weights were left alone; `flags` says of
+    each flag given to the step whether any rank raised it.
     """
 
     loss: float
@@ -79,6 +80,7 @@ class StepReport:
     data_seconds: float
     padding: float
     skipped: bool
+    statistics: Mapping[str, float]
     flags: tuple[bool, ...]
 
 

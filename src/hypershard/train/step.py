@@ -20,8 +20,8 @@ from .state import Progress, StepReport, seed_everything
 def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[float]]) -> StepReport:
     """Do the step after `progress`. The weights stay as they are if the loss or the gradient is not finite.
 
-    Besides FSDP2's own there are two collectives: the count of valid tokens before backward, so that the loss is
-    normalised over all ranks and micro-steps, and one vector after it (loss, gradient norm, this rank's `flags`).
+    Besides FSDP2's own there are two collectives: the count of the loss's terms before backward, so that it is
+    normalised over all ranks and micro-steps, and one vector after it (gradient norm, sums, this rank's `flags`).
     No rank comes past the second one before every rank's last memory checkpoint is whole.
     """
     started_at = time.perf_counter()
@@ -29,13 +29,14 @@ def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[flo
     seed_everything(job.seed, step=step, rank=job.world.ranks.rank)
     batches = job.data.loader.step(progress.samples, accumulation=job.accumulation)
     data_seconds = time.perf_counter() - started_at
-    loss_sum, valid_tokens = accumulate_gradients(job, batches)
+    sums, num_terms = accumulate_gradients(job, batches)
     gradients = local_gradients(job.parameters.values())
     job.checkpoints.settle()
     totals = sum_over_ranks(
-        [loss_sum, sum_of_squares(gradients) / job.sharded.num_replicas, *flags()], device=job.world.device
+        [sum_of_squares(gradients) / job.sharded.num_replicas, *sums, *flags()], device=job.world.device
     ).tolist()
-    loss, grad_norm = totals[0] / valid_tokens.item(), math.sqrt(totals[1])
+    grad_norm = math.sqrt(totals[0])
+    loss, *statistics = (total / num_terms.item() for total in totals[1 : 1 + len(sums)])
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     lr = job.learning_rate(progress)
     if not skipped:
@@ -53,26 +54,28 @@ def train_step(job: Job, progress: Progress, *, flags: Callable[[], Sequence[flo
         data_seconds=data_seconds,
         padding=sum(batch.num_padding_tokens for batch in batches) / sum(batch.input_ids.numel() for batch in batches),
         skipped=skipped,
-        flags=tuple(total > 0 for total in totals[2:]),
+        statistics=dict(zip(job.module.statistics, statistics, strict=True)),
+        flags=tuple(total > 0 for total in totals[1 + len(sums) :]),
     )
 
 
 def accumulate_gradients(job: Job, batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward of all micro-batches; gradients of the mean loss per valid token are left in place.
+    """Forward and backward of all micro-batches; gradients of the mean loss per term are left in place.
 
-    Returns this rank's summed loss and the number of valid tokens over all ranks, float32 scalars on the device.
+    Returns this rank's sums as `LanguageModel.forward` gives them, and the number of terms over all ranks (tokens, or
+    pairs), float32 on the device.
     """
     device = job.world.device
-    counted = sum_over_ranks([float(sum(batch.num_valid_tokens for batch in batches))], device=device)
+    counted = sum_over_ranks([float(sum(job.module.num_terms(batch) for batch in batches))], device=device)
     # Stays on the device, so that the host does not wait. A step without a single target divides by 1.
-    valid_tokens = counted[0].clamp(min=1).float()
-    loss_sum = torch.zeros((), device=device)
+    num_terms = counted[0].clamp(min=1).float()
+    totals = torch.zeros(1 + len(job.module.statistics), device=device)
     for index, batch in enumerate(batches):
         job.sharded.begin_micro_step(index, len(batches))
-        loss = job.module(*on_device(job, batch))
-        (loss / valid_tokens).backward()
-        loss_sum += loss.detach()
-    return loss_sum, valid_tokens
+        sums = job.module(*on_device(job, batch))
+        (sums[0] / num_terms).backward()
+        totals += sums.detach()
+    return totals, num_terms
 
 
 def on_device(job: Job, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Segments]]:
