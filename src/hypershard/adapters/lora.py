@@ -45,12 +45,12 @@ def without_adapters(hf_model: nn.Module) -> Iterator[None]:
 
     adapted = [module for module in hf_model.modules() if isinstance(module, tuple(ADAPTED.values()))]
     for module in adapted:
-        module.lora_is_on = False
+        module.lora_is_on = False  # type: ignore[assignment]
     try:
         yield
     finally:
         for module in adapted:
-            module.lora_is_on = True
+            module.lora_is_on = True  # type: ignore[assignment]
 
 
 @torch.no_grad()

@@ -102,14 +102,18 @@ def nf4_formats(model: ModelConfig, adapters: AdapterConfig) -> dict[str, Format
     return {matrix.spec.name: Format(matrix.spec.shape, adapters.bnb_double_quant) for matrix in matrices}
 
 
-def trained_flops(model: ModelConfig, adapters: AdapterConfig, *, context_tokens: int) -> Flops:
-    """FLOPs of a trained token. Beside frozen weights two thirds of the products: no gradient of theirs is computed."""
+def trained_flops(model: ModelConfig, adapters: AdapterConfig, *, context_tokens: int, has_reference: bool) -> Flops:
+    """FLOPs of a trained token. Beside frozen weights two thirds of the products: no gradient of theirs is computed.
+
+    A reference that answers are compared with is one more forward.
+    """
     whole = family_of(model.model_type).flops_per_token(model, context_tokens=context_tokens)
     specs = adapter_specs(adapter_targets(model, adapters))
     if not specs:
         return whole
     own = sum(6.0 * spec.numel * spec.active_share for spec in specs)
-    return Flops(matmul=whole.matmul * 2 / 3 + own, attention=whole.attention)
+    again = (1 if has_reference else 0) / 3
+    return Flops(matmul=whole.matmul * (2 / 3 + again) + own, attention=whole.attention * (1 + again))
 
 
 def adapter_specs(targets: list[Target]) -> list[ParameterSpec]:

@@ -119,7 +119,7 @@ def run(argv: Sequence[str]) -> int:
         if namespace.traced:
             raise plan_traced.no_use_with("a time window's flags")
         return plan_window.run(namespace, question)
-    made = _plan(question)
+    made = plan_of_question(question)
     view = plan_data.view_of(question.facts, made.job, num_steps=made.num_steps)
     traced = plan_traced.trace(made.job) if namespace.traced else None
     if namespace.json:
@@ -134,10 +134,16 @@ def run(argv: Sequence[str]) -> int:
 
 def plan_of(words: Sequence[str]) -> Plan:
     """The plan of a job with these flags, without dollars. Raises ConfigError for flags that none can be made of."""
-    return _plan(asked(parse(build_parser(), words, also_known=(*_OWN, "model", "config")), wants_price=False))
+    return plan_of_question(question_of(words, wants_price=False))
 
 
-def _plan(question: Asked) -> Plan:
+def question_of(words: Sequence[str], *, wants_price: bool) -> Asked:
+    """The question in these flags. Raises as `asked` does."""
+    return asked(parse(build_parser(), words, also_known=(*_OWN, "model", "config")), wants_price=wants_price)
+
+
+def plan_of_question(question: Asked) -> Plan:
+    """Its plan. Raises ConfigError for settings that do not go with these GPUs or their number."""
     facts, context_tokens = question.facts, question.job.model.max_context_width
     return plan(
         question.job,
@@ -157,6 +163,7 @@ def _page(made: Plan, question: Asked, view: DataView | None, traced: Traced | C
     active = "" if sizes.active == sizes.total else f", of which a token uses {sizes.active:,}"
     beside = f", beside matrices in {job.adapters.bnb_quant_type}" if job.num_unpacked else ""
     trained = f"; {job.trained.total:,} in adapters are trained{beside}" if job.has_adapters else ""
+    trained += ", against the model without them" if job.has_reference else ""
     yield f"model    {question.name} ({job.model.model_type}): {sizes.total:,} parameters{active}{trained}"
     yield (
         f"job      {job.num_nodes} x {machine.name} ({machine.num_gpus} x {machine.gpu.name}), "

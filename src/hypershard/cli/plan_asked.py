@@ -68,6 +68,7 @@ def _job(config: Config, namespace: argparse.Namespace, facts: DataFacts | None)
         data=config.data,
         parallel=config.parallel,
         adapters=config.adapters,
+        learning=config.learning,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=instance(namespace.instance),

@@ -151,6 +151,7 @@ def _template(namespace: argparse.Namespace, config: Config, space: Space) -> Jo
         data=data,
         parallel=config.parallel,
         adapters=config.adapters,
+        learning=config.learning,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=dataclasses.replace(space.instances[0], num_gpus=1),

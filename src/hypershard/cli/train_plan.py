@@ -143,6 +143,7 @@ def _plan_here(config: Config, model: ModelConfig, world: World, last_step: int)
         data=dataclasses.replace(config.data, epochs=None),
         parallel=config.parallel,
         adapters=config.adapters,
+        learning=config.learning,
         checkpoint=config.checkpoint,
         train=dataclasses.replace(config.train, max_steps=last_step),
         instance=machine,

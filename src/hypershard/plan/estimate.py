@@ -15,7 +15,7 @@ from ..units import format_bytes
 from . import bytes as memory
 from .calibration.calibration import Calibration, calibrated, installed_software
 from .dollars import Cost, cost
-from .job import Job, Sizes, flops_of, sizes_of
+from .job import Job, Sizes, sizes_of
 from .overheads import HoursWindow, hours_window
 from .steps import LEVEL, StepTime, step_time
 
@@ -136,7 +136,7 @@ def plan(
     return Plan(
         job=job,
         sizes=sizes_of(job.model),
-        flops_per_token=flops_of(job.model, job.adapters).total,
+        flops_per_token=job.flops.total,
         memory=needed,
         remedy=find_remedy(job) if needed.verdict == "does not fit" else None,
         step=step,

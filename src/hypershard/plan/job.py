@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from ..adapters.targets import adapter_specs, adapter_targets, nf4_formats, trained_flops
 from ..catalog.instances import Instance
 from ..config.checks import accumulation_steps, flash_obstacle
-from ..config.schema import AdapterConfig, CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from ..config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    LearningConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from ..models.base import Flops, ParameterSpec, shard_dimension
 from ..models.family import family_of
 from .here import CPU
@@ -111,9 +119,9 @@ def _sizes(specs: Sequence[ParameterSpec]) -> Sizes:
 
 
 @functools.lru_cache(maxsize=16)
-def flops_of(model: ModelConfig, adapters: AdapterConfig) -> Flops:
-    """FLOPs of a trained token at the model's context. Raises ConfigError while vocab_size is open."""
-    return trained_flops(model, adapters, context_tokens=model.max_context_width)
+def _flops(model: ModelConfig, adapters: AdapterConfig, has_reference: bool) -> Flops:
+    context = model.max_context_width
+    return trained_flops(model, adapters, context_tokens=context, has_reference=has_reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +136,17 @@ class Job:
     instance: Instance
     num_nodes: int
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether each micro-step also runs forward without adapters, as preferences are compared with."""
+        return self.learning.objective == "dpo"
+
+    @property
+    def flops(self) -> Flops:
+        """FLOPs of a trained token at the model's context. Raises ConfigError while vocab_size is open."""
+        return _flops(self.model, self.adapters, self.has_reference)
 
     @property
     def has_adapters(self) -> bool:

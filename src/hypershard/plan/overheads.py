@@ -23,7 +23,8 @@ START_SECONDS_ON_CPU = 10.0
 COMPILE_SECONDS = 120.0
 # Of one node to a shared file system or S3, in 10^9 bytes a second; an assumption: measure with `hypershard doctor`.
 DISK_GB_PER_SECOND = 1.0
-_FORWARD_SHARE = 1 / 3  # of a micro-step: forward is a third of the FLOPs of forward and backward
+# Of a micro-step: forward is a third of the FLOPs of forward and backward; with a reference two quarters.
+_FORWARD_SHARE, _FORWARD_SHARE_WITH_REFERENCE = 1 / 3, 1 / 2
 _PUBLISHED_BYTES = 2  # of a weight in a published model, which is in bfloat16
 
 
@@ -132,7 +133,8 @@ def _load_seconds(job: Job) -> float:
 def _validation_seconds(job: Job, step_seconds: float) -> float:
     sequences = job.data.val_batch_size or job.data.train_batch_size
     micro_seconds = step_seconds / job.accumulation * sequences / job.data.train_batch_size
-    return job.train.validation_batches * micro_seconds * _FORWARD_SHARE
+    share = _FORWARD_SHARE_WITH_REFERENCE if job.has_reference else _FORWARD_SHARE
+    return job.train.validation_batches * micro_seconds * share
 
 
 def _save_seconds(job: Job, step_seconds: float, write_seconds: float) -> float:

@@ -19,14 +19,16 @@ from typing import Any
 
 from ..adapters.targets import nf4_formats
 from ..catalog.bus_bandwidth import bus_bandwidth
-from ..config.schema import AdapterConfig
 from ..errors import ConfigError
+from ..models.family import family_of
 from .bytes import saved_by_token
-from .job import Job, flops_of
+from .job import Job
 
 LEVEL = "closed form"
 _PASSES = 3  # over what a block saves: written in forward, read in backward, and its gradient
-_LOGIT_BYTES = 40  # read and written per logit by the loss: the product, logsumexp, exp, and two casts
+# Read and written per logit by the loss: the product, logsumexp, exp, and two casts. That of preferences makes logits
+# three times, twice without their gradient: about double.
+_LOGIT_BYTES = 40
 _OPTIMIZER_BYTES = 34  # per parameter: AdamW reads four float32 numbers and writes three; the gather's cast is 6
 _UNPACK_BYTES, _UNPACK_BYTES_COMPILED = 14.0, 2.5  # read and written per weight that leaves NF4
 _SECOND_RECOMPUTED = 0.5  # of the blocks' matrix products, by --activation_checkpointing=selective
@@ -106,7 +108,7 @@ def step_time(job: Job) -> StepTime:
         parts=parts,
         tokens=job.step_tokens,
         num_gpus=job.num_gpus,
-        mfu=job.step_tokens * flops_of(job.model, job.adapters).total / (seconds * job.num_gpus * peak_flops(job)),
+        mfu=job.step_tokens * job.flops.total / (seconds * job.num_gpus * peak_flops(job)),
         band=band,
         assumptions=(*assumptions, *talking.assumptions),
     )
@@ -144,22 +146,24 @@ def _factors(job: Job) -> tuple[Mapping[str, float], float, list[str]]:
 def work_of(job: Job) -> Work:
     """Seconds of one micro-step at peak rates: FLOPs over the GPU's peak, bytes over its memory's bandwidth."""
     model, tokens = job.model, job.micro_tokens
-    flops = flops_of(model, job.adapters)
+    flops = job.flops
     vocab = model.vocab_size or 0
-    # Forward of the blocks alone; the loss keeps its gradient and recomputes nothing.
-    forward = (flops_of(model, AdapterConfig()).matmul - 6.0 * vocab * model.hidden_width) / 3
+    head = 2.0 * vocab * model.hidden_width
+    # Forward of the blocks alone; the loss keeps its gradient and recomputes nothing, but that of preferences.
+    whole = family_of(model.model_type).flops_per_token(model, context_tokens=model.max_context_width)
+    forward = whole.matmul / 3 - head
     again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
     attended_again = 1 / 3 if job.parallel.activation_checkpointing == "full" else 0.0
     # A mask leaves dense attention the whole square; flash attention skips the half that is masked.
     square = 2.0 if job.attention_path == "dense" and job.data.document_mask else 1.0
     peak, bandwidth = peak_flops(job), job.instance.gpu.memory_tb_per_second * 1e12
     recomputed = job.parallel.activation_checkpointing != "none"
-    saved = tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed)
+    saved = tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed + job.has_reference)
     return Work(
-        products=tokens * (flops.matmul + again * forward) / peak,
+        products=tokens * (flops.matmul + again * forward + job.has_reference * head) / peak,
         attention=tokens * flops.attention * (1 + attended_again) * square / peak,
         memory=(saved + _unpacked_bytes(job)) / bandwidth,
-        logits=tokens * vocab * _LOGIT_BYTES / bandwidth,
+        logits=tokens * vocab * _LOGIT_BYTES * (1 + job.has_reference) / bandwidth,
         network=communication(job).hidden,
     )
 
@@ -169,7 +173,7 @@ def _unpacked_bytes(job: Job) -> float:
 
     A pass costs its code and its number in bfloat16 where one kernel does it, 14 bytes by parts (adapters/nf4.py).
     """
-    passes = 2 + {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
+    passes = 2 + job.has_reference + {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
     num_bytes = _UNPACK_BYTES_COMPILED if job.parallel.compile else _UNPACK_BYTES
     formats = nf4_formats(job.model, job.adapters)
     return passes * num_bytes * sum(math.prod(layout.shape) for layout in formats.values())
@@ -226,8 +230,8 @@ def communication(job: Job) -> Communication:
         wide, more = _bandwidth(job, job.num_nodes)
         shard = 4.0 * trained.total / degree
         copied = 2 * _moved(shard / layers, replicas, wide, job.num_nodes) * layers
-    # Per micro-step: gathered twice (full, hybrid), and reduced unless once a step will do (zero1, none).
-    gathers = 2 * layers * gather(block) if strategy in ("full", "hybrid") else 0.0
+    # Per micro-step: gathered twice (full, hybrid; and for a reference), reduced unless once a step will do (zero1, none).
+    gathers = (2 + job.has_reference) * layers * gather(block) if strategy in ("full", "hybrid") else 0.0
     reduces = layers * reduce(trained.block) if strategy in ("full", "hybrid", "zero2") else 0.0
     once = copied
     exposed = gather(root) if strategy in ("full", "hybrid") else 0.0

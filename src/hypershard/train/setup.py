@@ -179,7 +179,7 @@ def build_job(
         tokens_per_step=samples_per_step * context,
         limits=limits,
         forecast=forecast,
-        flops_per_token=trained_flops(model, config.adapters, context_tokens=context).total,
+        flops_per_token=_flops_per_token(config, model),
         peak_flops_per_gpu=_peak_flops(config, world.device),
         checkpoints=build_checkpoints(
             config.checkpoint, world, checkpoint_dir=checkpoint_dir, surroundings=surroundings, alarm=alarm
@@ -259,6 +259,12 @@ def build_module(
         is_product=is_product,
     )
     return module.train(), sharded
+
+
+def _flops_per_token(config: Config, model: ModelConfig) -> float:
+    has_reference = config.learning.objective == "dpo"
+    context = model.max_context_width
+    return trained_flops(model, config.adapters, context_tokens=context, has_reference=has_reference).total
 
 
 def _peak_flops(config: Config, device: torch.device) -> float | None:

@@ -54,6 +54,7 @@ class Setup:
     offload_activations: bool
     cpu_offload: bool
     has_adapters: bool
+    has_reference: bool
     bnb_quant_type: str
     peak_tflops: float
 
@@ -124,6 +125,7 @@ def setup_of(job: Job) -> Setup:
         offload_activations=parallel.offload_activations,
         cpu_offload=parallel.cpu_offload,
         has_adapters=job.has_adapters,
+        has_reference=job.has_reference,
         bnb_quant_type=job.adapters.bnb_quant_type,
         peak_tflops=round(peak_flops(job) / 1e12, 6),
     )
@@ -256,7 +258,7 @@ _CLASSES = ("same", "near", "other")
 _SIZES = ("active_parameters", "hidden_width", "num_layers", "context_tokens", "train_batch_size", "num_gpus")
 _KINDS = (
     *("model_type", "attention", "compile", "bf16", "deterministic", "offload_activations", "cpu_offload"),
-    *("has_adapters", "bnb_quant_type"),
+    *("has_adapters", "has_reference", "bnb_quant_type"),
 )
 _TRADES = ("sharding_strategy", "activation_checkpointing", "accumulation")  # whose work the closed form counts well
 

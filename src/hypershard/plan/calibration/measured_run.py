@@ -57,6 +57,7 @@ def job_of_run(run_dir: Path, *, told: Mapping[str, Any]) -> Job:
         data=config.data,
         parallel=config.parallel,
         adapters=config.adapters,
+        learning=config.learning,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=_instance(environment, str(plan.get("job", {}).get("instance", ""))),
