@@ -28,6 +28,7 @@ def job_of(model: str, where: str = "p5", num_nodes: int = 1, **flags: Any) -> J
         data=config.data,
         parallel=config.parallel,
         adapters=config.adapters,
+        learning=config.learning,
         checkpoint=config.checkpoint,
         train=config.train,
         instance=instance(where),

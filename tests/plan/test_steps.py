@@ -152,3 +152,17 @@ def test_weights_in_nf4_are_gathered_packed_and_unpacked_in_every_pass() -> None
         assert more == pytest.approx(num_bytes * 6.476e9 / bandwidth, rel=1e-3)
         assert steps.work_of(packed).products == steps.work_of(dense).products
         assert steps.communication(packed).hidden < 0.4 * steps.communication(dense).hidden
+
+
+def test_a_reference_costs_another_forward() -> None:
+    """Per frozen parameter 2 FLOPs more beside 4, a third more attention; the head's product is computed again."""
+    flags = {"lora_r": 8, "activation_checkpointing": "none", "sharding_strategy": "full"}
+    alone, compared = job("llama2_7b", **flags), job("llama2_7b", **flags, objective="dpo")
+    own, more = steps.work_of(alone), steps.work_of(compared)
+    head = 2 * 32_000 * 4096 * alone.micro_tokens / steps.peak_flops(alone)
+    assert more.products - head == pytest.approx(6 / 4 * own.products, rel=0.01)
+    assert more.attention == pytest.approx(4 / 3 * own.attention)
+    assert more.logits == 2 * own.logits
+    assert compared.flops.total > alone.flops.total
+    gathers = [steps.communication(one).hidden for one in (alone, compared)]
+    assert gathers[1] == pytest.approx(1.5 * gathers[0], rel=0.02)  # adapters' gradients are the rest

@@ -66,8 +66,13 @@ def describe(step: int, last_step: int, record: Mapping[str, Any]) -> str:
     """One line for a person: `step 12/60  loss 5.1234  norm 1.21  lr 3.0e-04  12.3k tok/s  1.20 GiB  eta 42s`."""
     parts = [f"step {step}/{last_step}"]
     if "validation_loss" in record:
-        return f"{parts[0]}  validation loss {record['validation_loss']:.4f}"
+        parts.append(f"validation loss {record['validation_loss']:.4f}")
+        if "validation_preference_accuracy" in record:
+            parts.append(f"accuracy {record['validation_preference_accuracy']:.1%}")
+        return "  ".join(parts)
     parts += [f"loss {record['loss']:.4f}", f"norm {record['grad_norm']:.2f}", f"lr {record['lr']:.1e}"]
+    if "preference_accuracy" in record:
+        parts.append(f"accuracy {record['preference_accuracy']:.1%}")
     parts.append(f"{format_count(record['tokens_per_second'])} tok/s")
     if record["mfu"] is not None:
         parts.append(f"mfu {record['mfu']:.1%}")
