@@ -84,6 +84,22 @@ def test_inspect_shows_what_the_loss_counts_and_writes_nothing(chats, tmp_path, 
     assert capsys.readouterr().out.count("[[Quite well.") == 1
 
 
+def test_preferences_are_asked_for_shown_and_counted_as_pairs(tmp_path, capsys):
+    path, output = tmp_path / "pairs.jsonl", tmp_path / "bins"
+    rows = [{"prompt": "Far?", "chosen": " No.", "rejected": f" Yes, {n}.", "text": "a"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = words(path, "--data_kind", "preference")
+    assert prepare.run([*flags, "--inspect", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- chosen\nFar?[[ No.<|endoftext|>]]") == 2
+    assert "--- rejected\nFar?[[ Yes, 1.<|endoftext|>]]" in shown and shown.count("; the loss counts ") == 4
+    assert prepare.run([*flags, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    train, _ = open_token_bins(output)
+    assert train.kind == "preference" and f"{train.num_documents} pairs" in printed
+    assert f"hypershard train --dataset {output} --objective dpo" in printed
+
+
 def test_verify_reads_every_byte(text, tmp_path, capsys):
     output = tmp_path / "bins"
     prepare.run(words(text, "--output", output, "--text_field", "content"))

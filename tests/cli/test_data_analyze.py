@@ -62,6 +62,19 @@ def test_json_is_one_object(texts, capsys):
     assert {warning["code"] for warning in found["warnings"]} == {"malformed", "duplicates", "repetition"}
 
 
+def test_pairs_of_answers_are_counted_whole(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{number}:", "chosen": " one", "rejected": " two" * number} for number in range(1, 31)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert analyze(path, "--max_context_width", 24, "--max_steps", 4) == 0
+    printed = capsys.readouterr().out
+    assert f"{path}: 30 pairs, all of them read" in printed and "of which the loss counts" in printed
+    assert "    best_fit, drop " in printed and "truncate" not in printed and "concat" not in printed
+    assert "of pairs left out" in printed and "not packed, one pair a sequence" in printed
+    with pytest.raises(ConfigError, match=r"--packing=concat: pairs of answers stay whole"):
+        analyze(path, "--max_context_width", 24, "--packing", "concat")
+
+
 def test_a_sample_says_so(texts, capsys):
     assert analyze(texts, "--sample", 20) == 0
     assert re.search(r"20 documents, the first ones, of about \d\d\n", capsys.readouterr().out)

@@ -10,7 +10,8 @@ from data_texts import documents
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hypershard.data.embedded import TOKENIZER_PATH
-from hypershard.data.encode.encoder import encoder_spec, guess_kind, in_spans
+from hypershard.data.encode.encoder import encoder_spec, guess_kind
+from hypershard.data.encode.rendered import in_spans
 from hypershard.data.encode.tokenizer import load_tokenizer
 from hypershard.data.records import Encoded, Malformed, RawDocument
 from hypershard.errors import DataError
@@ -144,10 +145,15 @@ def test_a_template_for_plain_text_is_refused(tmp_path):
         (line(b"["), "text"),
         (line(b"[1]"), "text"),
         (piece('{"messages": []}'), "text"),
+        (line({"chosen": "a", "rejected": "b"}), "preference"),
+        (table_row({"chosen": [user("Hi")], "rejected": [], "text": None}), "preference"),
+        (line({"chosen": "a", "rejected": "b", "messages": [user("Hi")]}), "chat"),
+        (line({"chosen": "a", "rejected": "b", "text": "c"}), "text"),
+        (line({"chosen": "a"}), "text"),
     ],
 )
-def test_the_kind_is_guessed_from_a_list_of_messages(document, expected):
-    assert guess_kind(document, messages_field="messages") == expected
+def test_the_kind_is_guessed_from_the_keys(document, expected):
+    assert guess_kind(document, text_field="text", messages_field="messages") == expected
 
 
 def test_a_template_that_ends_no_turn_gets_the_end_token_which_is_learnt_after_an_answer(tmp_path):

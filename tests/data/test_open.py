@@ -115,7 +115,7 @@ def chat(tmp_path: Path) -> DataConfig:
 
 def test_conversations_are_seen_by_their_first_row_and_packed_whole(chat: DataConfig) -> None:
     dataset = open_dataset(chat)
-    assert dataset.members[0].is_chat
+    assert dataset.members[0].kind == "chat"
     (source,) = training_sources(dataset, chat, context_tokens=64)
     assert isinstance(source.rows, Packs)
     row = source.rows.row(0)
@@ -149,7 +149,7 @@ def test_a_text_field_is_refused_unless_something_read_is_text(chat: DataConfig,
         "tokenizer": str(tmp_path / "tokenizer"),
     }
     members = open_dataset(DataConfig(**(given | mixture))).members
-    assert [member.is_chat for member in members] == [True, False]
+    assert [member.kind for member in members] == ["chat", "text"]
 
 
 # --- streams and mixtures

@@ -34,6 +34,9 @@ class Tokens:
     def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:
         return None if self._targets is None else self._targets[start : start + count]
 
+    def second_start(self, start: int, count: int) -> int | None:
+        return None
+
 
 def test_a_row_of_three_documents() -> None:
     row = row_of(np.arange(7), starts=np.array([0, 2, 6]), targets=None, document_mask=True)

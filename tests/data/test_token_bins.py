@@ -89,7 +89,7 @@ OUTSIDE = {"name": "../secret", "size_bytes": 1, "sha256": ""}
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"format_version": 1}, "format_version 1; expected .* format_version 2; make the folder again"),
+        ({"format_version": 1}, "format_version 1; expected .* format_version 3; make the folder again"),
         ({"dtype": "int8"}, "int8"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"train": {"tokens": {}}}, "num_tokens"),
@@ -105,6 +105,16 @@ def test_a_meta_that_says_something_else_is_refused(bins, changes, named):
     change_meta(bins, **changes)
     with pytest.raises(DataError, match=named):
         read_meta(bins)
+
+
+def test_bins_from_before_kinds_were_named_open_as_they_were(bins, chat_bins):
+    for folder, kind in ((bins, "text"), (chat_bins, "chat")):
+        before = open_token_bins(folder)[0]
+        meta = json.loads((folder / "meta.json").read_text()) | {"format_version": 2}
+        del meta["kind"]
+        (folder / "meta.json").write_text(json.dumps(meta))
+        after = open_token_bins(folder)[0]
+        assert (before.kind, before.fingerprint) == (after.kind, after.fingerprint) and after.kind == kind
 
 
 def test_a_damaged_meta_is_refused(bins):

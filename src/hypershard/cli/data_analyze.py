@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.checks import accumulation_steps
 from ..config.flags import coerce
 from ..config.schema import SETTINGS, DataConfig
+from ..data.kinds import CHAT, PREFERENCE
 from ..errors import ConfigError
 from ..storage import local_path
 from ..units import format_count
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
     from ..data.analysis.repetition import DataWarning
 
 _DESCRIPTION = """\
-Count the documents (or conversations) of a data set: how long they are, how many occur twice, hold next to nothing or
-cannot be read. With --max_context_width, how they fit into sequences; and how often a training would read them.
-Reads whatever `hypershard train --dataset` reads; of a bucket or hub only the first 10,000 documents, unless --sample
-says more. Nothing is written but the picture.
+Count the documents (or conversations, or pairs of answers) of a data set: how long they are, how many occur twice,
+hold next to nothing or cannot be read. A pair is as long as both of its answers, each with the prompt before it.
+With --max_context_width, how they fit into sequences; and how often a training would read them. Reads whatever
+`hypershard train --dataset` reads; of a bucket or hub only the first 10,000 documents, unless --sample says more.
+Nothing is written but the picture.
 """
 _EXAMPLES = """\
 examples:
@@ -119,7 +121,7 @@ def analyze(args: argparse.Namespace) -> int:
         uses = known = uses_of(analyses, [_fit(one, data, plan) for one in analyses], weights, plan)
         told = mixture_warnings(analyses, known)
     for analysis, use in zip(analyses, uses, strict=True):
-        told += warnings(analysis, use, is_fine_tuning=analysis.is_chat)
+        told += warnings(analysis, use, is_fine_tuning=analysis.is_fine_tuning)
     if args.json:
         print(json.dumps(_as_json(analyses, uses, plan, told)))
     else:
@@ -168,7 +170,7 @@ def _fit(analysis: DatasetAnalysis, data: DataConfig, plan: Plan) -> Fit:
     from ..data.analysis.advice import fit_of
     from ..data.sequences import packing_of
 
-    packed = packing_of(data, is_chat=analysis.is_chat, is_stream=False)
+    packed = packing_of(data, kind=analysis.kind, is_stream=False)
     return fit_of(analysis, context_tokens=plan.context_tokens, **vars(packed))
 
 
@@ -204,7 +206,7 @@ def _draw(picture: Path, analyses: Sequence[DatasetAnalysis], plan: Plan | None)
 
 
 def _unit(analysis: DatasetAnalysis) -> str:
-    return "conversations" if analysis.is_chat else "documents"
+    return {CHAT: "conversations", PREFERENCE: "pairs"}.get(analysis.kind, "documents")
 
 
 def _described(analysis: DatasetAnalysis, use: Use | None, plan: Plan | None, width: int) -> list[str]:
@@ -218,7 +220,7 @@ def _described(analysis: DatasetAnalysis, use: Use | None, plan: Plan | None, wi
     counted = (
         f", of which the loss counts {format_count(analysis.num_target_tokens)} "
         f"({analysis.num_target_tokens / analysis.num_tokens:.1%})"
-        if analysis.is_chat
+        if analysis.is_fine_tuning
         else ""
     )
     lengths = analysis.lengths
@@ -274,7 +276,9 @@ def _fits(analysis: DatasetAnalysis, plan: Plan) -> list[str]:
 
     unit = _unit(analysis)
     lines = [f"  sequences of {plan.context_tokens:,} tokens"]
-    ways = (("concat", "split"), ("best_fit", "split"), ("best_fit", "truncate"), ("best_fit", "drop"))
+    ways = [("concat", "split"), ("best_fit", "split"), ("best_fit", "truncate"), ("best_fit", "drop")]
+    if analysis.kind == PREFERENCE:  # a pair stays whole
+        ways = ways[-1:]
     for packing, long_documents in ways:
         fit = fit_of(analysis, context_tokens=plan.context_tokens, packing=packing, long_documents=long_documents)
         way = "concat" if packing == "concat" else f"best_fit, {long_documents}"
@@ -300,8 +304,9 @@ def _use(analysis: DatasetAnalysis, use: Use, plan: Plan) -> list[str]:
     if use.num_steps is not None and use.num_tokens_seen is not None and use.epochs is not None:
         seen = format_count(use.num_tokens_seen)
         lines.append(f"    {use.num_steps:,} steps: {about}{use.epochs:.2f} epochs, {seen} tokens seen")
-        if analysis.is_chat and use.unpacked_epochs is not None:
-            lines.append(f"    not packed, one conversation a sequence: {about}{use.unpacked_epochs:.2f} epochs")
+        if analysis.is_fine_tuning and use.unpacked_epochs is not None:
+            one = _unit(analysis).removesuffix("s")
+            lines.append(f"    not packed, one {one} a sequence: {about}{use.unpacked_epochs:.2f} epochs")
     return lines
 
 

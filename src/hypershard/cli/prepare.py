@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..config.flags import coerce
 from ..config.schema import SETTINGS, DataConfig
 from ..data.bins.recipes import RECIPES
+from ..data.kinds import PREFERENCE
 from ..errors import ConfigError
 from ..units import format_bytes, format_count, format_seconds
 
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Turn documents into token ids once, so that training starts at once. Reads .txt, JSON lines, Parquet and Arrow (text
-also packed as .gz, .xz, .zst, .bz2), plain text or conversations, from a path, s3://bucket/prefix, or a hub name.
-Writes a folder with the tokens (train.bin, val.bin), where documents begin (.starts), which tokens of conversations
-the loss counts (.targets), meta.json and the tokenizer.
+also packed as .gz, .xz, .zst, .bz2), plain text, conversations or preferences, from a path, s3://bucket/prefix, or a
+hub name. Writes a folder with the tokens (train.bin, val.bin), where documents begin (.starts), which tokens of
+answers the loss counts (.targets), meta.json and the tokenizer.
 
 A JSON line or a table's row is a document; so is a .txt file, or each part of it between lines that hold just
-<|endoftext|>. Files or folders named train… and val… keep their split; else about --val_share of the documents,
+<|endoftext|>. A row of preferences holds two answers under chosen and rejected: texts or lists of messages, which go
+on from prompt (text or messages), or, without it, begin with the same text or messages themselves; the loss counts
+what comes after that. Files or folders named train… and val… keep their split; else about --val_share of the documents,
 picked by a hash of their index, go to val.
 
 The folder appears when it is complete. A run that is stopped, however, is gone on with by the same command, and the
@@ -45,6 +48,7 @@ examples:
   hypershard prepare books/ --output data/books --tokenizer models/llama3_8b
   hypershard prepare s3://bucket/crawl/ --output data/crawl --text_field content --malformed_rows skip
   hypershard prepare chats.jsonl --tokenizer models/llama3_8b --inspect 3
+  hypershard prepare pairs.jsonl --output data/pairs --tokenizer models/llama3_8b --data_kind preference
   hypershard prepare slimpajama_6b_llama --output data/slimpajama
   hypershard prepare --verify data/slimpajama
 
@@ -227,14 +231,16 @@ def _text(args: argparse.Namespace) -> Text:
 def _summary(output: Path, meta: BinsMeta, seconds: float) -> str:
     num_tokens = meta.train.num_tokens + meta.val.num_tokens
     rows = [f"{output}: {format_count(num_tokens)} tokens in {format_seconds(seconds)}"]
+    unit = "pair" if meta.kind == PREFERENCE else "document"
     for name, split in (("train", meta.train), ("val", meta.val)):
-        counts = f"{split.num_tokens:>15,} tokens {split.num_documents:>12,} documents"
+        counts = f"{split.num_tokens:>15,} tokens {split.num_documents:>12,} {unit}s"
         rows.append(f"  {name:5} {counts}  {format_bytes(sum(file.size_bytes for file in split.files))}")
-    rows.append(f"  longest document {meta.longest_document_tokens:,} tokens")
+    rows.append(f"  longest {unit} {meta.longest_document_tokens:,} tokens")
     if meta.num_malformed_rows:
         rows.append(f"  left out {meta.num_malformed_rows:,} malformed rows")
     rows.append(f"  vocabulary {meta.vocab_size}, stored as {meta.dtype}, end of document: id {meta.eos_token_id}")
-    rows.append(f"train on it: hypershard train --dataset {output}")
+    objective = " --objective dpo" if meta.kind == PREFERENCE else ""
+    rows.append(f"train on it: hypershard train --dataset {output}{objective}")
     return "\n".join(rows)
 
 

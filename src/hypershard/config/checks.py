@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import ConfigError
-from .schema import AdapterConfig, Config, DataConfig, ModelConfig, LearningConfig, ParallelConfig
+from .schema import AdapterConfig, Config, DataConfig, LearningConfig, ModelConfig, ParallelConfig, TrainConfig
 
 # What torch's flash kernel takes (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, sdp_utils.cpp).
 # Some GPUs take 256; 192 is what backward takes on all, the A10G's and L4's generations among them.
@@ -18,13 +18,8 @@ _FLASH_HEAD_MULTIPLE = 8
 
 def check(config: Config) -> None:
     """Refuse combinations that are wrong whatever the number of GPUs. Raises ConfigError."""
-    optim, parallel, train, checkpoint, data = (
-        config.optim,
-        config.parallel,
-        config.train,
-        config.checkpoint,
-        config.data,
-    )
+    optim, parallel, train = config.optim, config.parallel, config.train
+    checkpoint, data = config.checkpoint, config.data
     if optim.min_lr > optim.lr:
         raise ConfigError(f"--min_lr={optim.min_lr} is above --lr={optim.lr}; lower --min_lr or raise --lr")
     if optim.lr_decay_style == "exponential" and optim.min_lr == 0:
@@ -70,6 +65,7 @@ def check(config: Config) -> None:
         )
     _check_adapters(config)
     _check_best(config)
+    _check_texts(config.train)
     _check_objective(config)
     if train.max_steps is not None and train.max_steps < (optim.lr_decay_iters or 0) and optim.lr_decay_style == "wsd":
         raise ConfigError(
@@ -98,6 +94,16 @@ def _check_best(config: Config) -> None:
         raise ConfigError(
             "--keep_best=1 keeps a checkpoint in --checkpoint_dir or S3, and both are off; drop --checkpoint_freq=0"
         )
+
+
+def _check_texts(train: TrainConfig) -> None:
+    """What says how texts are written needs some that are."""
+    for name in ("validation_prompts", "validation_text_tokens") if not train.validation_texts else ():
+        if getattr(train, name) != getattr(TrainConfig(), name):
+            raise ConfigError(
+                f"--{name}={getattr(train, name)} acts only on texts written at validations, and --validation_texts=0 "
+                f"asks for none; give --validation_texts (4 is usual) or drop the flag"
+            )
 
 
 def _check_adapters(config: Config) -> None:

@@ -111,7 +111,7 @@ class DataConfig:
     data_kind: str = setting(
         "auto",
         "rows are plain text, conversations, or preferences (a prompt with a chosen and a rejected answer); auto: what "
-        "the keys of the first row say",
+        "the keys of the first row say, preference with --objective=dpo",
         choices=("auto", "text", "chat", "preference"),
     )
     text_field: str = setting("text", "key or column that holds the text")
@@ -126,13 +126,13 @@ class DataConfig:
     packing: str | None = setting(
         None,
         "concat: documents one after another, cut where a sequence is full; best_fit: whole documents, packed so that "
-        "little is padded; default: best_fit for conversations, else concat",
+        "little is padded; default: best_fit for conversations and pairs of answers, else concat",
         choices=("concat", "best_fit"),
     )
     long_documents: str | None = setting(
         None,
         "documents longer than a sequence: split over several, truncate (counted), or drop (counted); default: "
-        "truncate for conversations, else split",
+        "truncate for conversations, drop for pairs of answers, else split",
         choices=("split", "truncate", "drop"),
     )
     document_mask: bool = setting(

@@ -77,6 +77,9 @@ def resolve(*layers: Layer) -> Resolved:
             where = f"--{name}" if layer.is_flags else f"{layer.label}: {name}"
             values[name] = coerce(name, value, where=where)
             sources[name] = layer.label
+    if values.get("objective") == "dpo" and values.get("data_kind", "auto") == "auto":
+        # Rows of conversations may hold pairs of answers besides; what is learnt says which are meant.
+        values["data_kind"], sources["data_kind"] = "preference", "objective"
     sections = {
         section: cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
         for section, cls in SECTIONS.items()

@@ -54,6 +54,9 @@ class HeldTokens:
     def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:
         return None
 
+    def second_start(self, start: int, count: int) -> int | None:
+        return None
+
 
 def hold_out(held: HeldOut, cache_dir: Path, *, malformed_rows: str) -> HeldTokens:
     """The tokens, from `cache_dir` if another process or run has put them there. DataError: no document to hold out."""

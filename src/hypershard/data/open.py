@@ -16,11 +16,13 @@ from .bins.meta import META_FILE, read_meta
 from .bins.nanogpt import is_nanogpt, open_nanogpt
 from .bins.prepare import VAL_SHARE
 from .bins.text import prepare_text
-from .bins.token_bins import open_token_bins
+from .bins.token_bins import TokenBins, open_token_bins
 from .embedded import CORPUS_PATH, TOKENIZER_PATH
 from .encode.encoder import EncoderSpec, encoder_spec, guess_kind
+from .encode.preference_rows import CHOSEN_FIELD, PROMPT_FIELD, REJECTED_FIELD
 from .encode.tokenizer import TextTokenizer, load_tokenizer
 from .held_out import HeldOut, hold_out
+from .kinds import CHAT, PREFERENCE, TEXT
 from .mixture import parse_dataset
 from .read.documents import read_documents
 from .read.files import find_files
@@ -76,7 +78,7 @@ class Member:
     weight: Fraction | None
     train: TokenSource | Text
     val: TokenSource
-    is_chat: bool
+    kind: str  # one of KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,11 @@ class Dataset:
     tokenizer_path: Path | None
     vocab_size: int
     eos_token_id: int | None
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether documents are pairs of answers: of all members or of none."""
+        return self.members[0].kind == PREFERENCE
 
     @property
     def fingerprint(self) -> str:
@@ -105,11 +112,17 @@ def open_dataset(data: DataConfig) -> Dataset:
     """Open what `data.dataset` names; text that is not streamed is tokenised first unless the cache holds it.
 
     With several processes on a node, open it in one of them first: the others find in the cache what that one made.
-    DataError: unknown kind, missing, truncated or empty files, tokenizers that do not fit each other or the data.
+    DataError: unknown kind, missing, truncated or empty files, tokenizers that do not fit each other or the data,
+    preferences beside other data.
     """
     members = tuple(_open_member(name, weight, data) for name, weight in _named(data))
     first = members[0].val
     for member in members[1:]:
+        if (member.kind == PREFERENCE) != (members[0].kind == PREFERENCE):
+            raise DataError(
+                f"--dataset={data.dataset}: {members[0].name} is of kind {members[0].kind}, {member.name} of kind "
+                f"{member.kind}; expected preferences (pairs of answers) in all of them or in none"
+            )
         if (member.val.vocab_size, member.val.eos_token_id) != (first.vocab_size, first.eos_token_id):
             raise DataError(
                 f"--dataset={data.dataset}: {member.name} was tokenised with {member.val.vocab_size} ids, "
@@ -137,31 +150,30 @@ def with_tokenizer_of_model(data: DataConfig, tokenizer: Path) -> DataConfig:
 def _open_member(name: str, weight: Fraction | None, data: DataConfig) -> Member:
     folder = bins_folder(name)
     if folder is not None:
-        _refuse_settings_of_text(name, data)
         train, val = open_bins(folder, data.tokenizer)
-        has_targets = train.targets(0, 1) is not None
-        return Member(name=name, weight=weight, train=train, val=val, is_chat=has_targets)
+        kind = train.kind if isinstance(train, TokenBins) else TEXT
+        _refuse_settings_of_text(name, data, kind=kind)
+        return Member(name=name, weight=weight, train=train, val=val, kind=kind)
     text = resolve_text(name, data)
-    is_chat = text.encoder.has_targets
     if _is_streamed(text, data):
         held = hold_out(_held_out(text), _cache_dir(data), malformed_rows=data.malformed_rows)
-        return Member(name=name, weight=weight, train=text, val=held, is_chat=False)
+        return Member(name=name, weight=weight, train=text, val=held, kind=text.encoder.kind)
     bins = prepare_text(
         text.files, _cache_dir(data), text.encoder, val_share=text.val_share, malformed_rows=data.malformed_rows
     )
     train, val = open_token_bins(bins)
-    return Member(name=name, weight=weight, train=train, val=val, is_chat=is_chat)
+    return Member(name=name, weight=weight, train=train, val=val, kind=text.encoder.kind)
 
 
-def _refuse_settings_of_text(name: str, data: DataConfig) -> None:
-    """Raises DataError for a setting that says how text becomes tokens, where every name means tokens."""
+def _refuse_settings_of_text(name: str, data: DataConfig, *, kind: str) -> None:
+    """Raises DataError for a setting that says how text becomes tokens, where every name means tokens of a `kind`."""
     if len(_named(data)) > 1:  # another of them may be text
         return
     for setting in _TEXT_SETTINGS:
-        if getattr(data, setting) != _DEFAULTS[setting]:
+        if getattr(data, setting) not in (_DEFAULTS[setting], kind if setting == "data_kind" else None):
             raise DataError(
-                f"--{setting}={getattr(data, setting)}: --dataset={name} holds tokens already, which this cannot "
-                f"change; drop the flag"
+                f"--{setting}={getattr(data, setting)}: --dataset={name} holds tokens already (of {kind}), which this "
+                f"cannot change; drop the flag"
             )
 
 
@@ -173,7 +185,7 @@ def resolve_text(name: str, data: DataConfig) -> Text:
     """The files behind `name` and their encoder. The tokenizer: as given, else the data's own, else the embedded one.
 
     DataError: nothing there, a kind not understood, no usable tokenizer or chat template, --text_field given for
-    conversations.
+    conversations, or a field's name for preferences, whose keys are fixed.
     """
     if name == EMBEDDED:
         files = find_files(str(CORPUS_PATH), dataset_config_name=None, cache_dir=_cache_dir(data))
@@ -185,8 +197,10 @@ def resolve_text(name: str, data: DataConfig) -> Text:
         _tell_of_embedded_tokenizer()
     tokenizer = _tokenizer(data, default)
     kind = data.data_kind if data.data_kind != "auto" else _kind(files, data)
-    if kind == "chat":
+    if kind == CHAT:
         _refuse_text_field(name, data)
+    elif kind == PREFERENCE:
+        _refuse_fields(name, data)
     encoder = encoder_spec(
         kind=kind,
         tokenizer=tokenizer,
@@ -208,19 +222,31 @@ def _refuse_text_field(name: str, data: DataConfig) -> None:
         )
 
 
+def _refuse_fields(name: str, data: DataConfig) -> None:
+    """Raises DataError for settings that name a key, where the keys have fixed names."""
+    for setting in ("text_field", "messages_field"):
+        if getattr(data, setting) != _DEFAULTS[setting]:
+            raise DataError(
+                f"--{setting}={getattr(data, setting)}: --dataset={name} holds preferences, which are read from "
+                f"{PROMPT_FIELD}, {CHOSEN_FIELD} and {REJECTED_FIELD}; drop the flag, or set --data_kind"
+            )
+
+
 def _kind(files: list[DataFile], data: DataConfig) -> str:
     """What the first document says."""
-    columns = (data.text_field, data.messages_field)
+    columns = (data.text_field, data.messages_field, CHOSEN_FIELD, REJECTED_FIELD)
     for file in files:
         for document in read_documents(file, columns=columns, part=WHOLE, skip=0):
-            return guess_kind(document, messages_field=data.messages_field)
-    return "text"
+            return guess_kind(document, text_field=data.text_field, messages_field=data.messages_field)
+    return TEXT
 
 
 def _is_streamed(text: Text, data: DataConfig) -> bool:
     if text.encoder.has_targets:
         if data.streaming:
-            raise DataError("--streaming=1: conversations are packed whole, which needs them all; drop the flag")
+            raise DataError(
+                "--streaming=1: conversations and pairs are packed whole, which needs them all; drop the flag"
+            )
         return False
     return any("://" in file.location for file in text.files) if data.streaming is None else data.streaming
 

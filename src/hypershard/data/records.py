@@ -68,11 +68,13 @@ class RawDocument:
 class Encoded:
     """Token ids of a (piece of a) document, end-of-document token included where it ends; none for an empty one.
 
-    `targets` [n] says which tokens the loss counts when they are predicted; None: all of them.
+    `targets` [n] says which tokens the loss counts when they are predicted; None: all of them. Of a pair of answers
+    `second_start` is where the second sequence, the rejected one, begins.
     """
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.bool_] | None
+    second_start: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,7 +101,7 @@ class Windows:
 
 
 class Packs:
-    """Row i holds the pieces of documents that a plan puts together."""
+    """Row i holds the pieces of documents that a plan puts together; of a pair both sequences, the chosen one first."""
 
     def __init__(self, source: TokenSource, plan: PackPlan, *, document_mask: bool):
         self._source = source
@@ -114,7 +114,7 @@ class Packs:
             return EMPTY
         begins, lengths = self._plan.pieces_of(index)
         pieces = [(int(begin), int(length)) for begin, length in zip(begins, lengths, strict=True)]
-        starts = np.cumsum(lengths) - lengths
+        starts = self._starts(pieces)
         targets = [self._source.targets(begin, length) for begin, length in pieces]
         return row_of(
             np.concatenate([self._source.read(begin, length) for begin, length in pieces]),
@@ -122,6 +122,17 @@ class Packs:
             targets=None if targets[0] is None else np.concatenate([part for part in targets if part is not None]),
             document_mask=self._document_mask,
         )
+
+    def _starts(self, pieces: list[tuple[int, int]]) -> NDArray[np.int64]:
+        """Places in the row at which sequences begin: one for each piece, two for a pair."""
+        starts, place = [], 0
+        for begin, length in pieces:
+            starts.append(place)
+            second = self._source.second_start(begin, length)
+            if second is not None:
+                starts.append(place + second)
+            place += length
+        return np.array(starts, dtype=np.int64)
 
     def documents(self, index: int) -> list[str]:
         begins, lengths = self._plan.pieces_of(index)

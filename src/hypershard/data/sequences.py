@@ -10,6 +10,7 @@ from ..config.schema import DataConfig
 from ..errors import ConfigError, DataError
 from ..log import logger
 from .feed import Source
+from .kinds import CHAT, PREFERENCE, TEXT
 from .mixture import Mixture
 from .open import Dataset, Member, Text
 from .packs import PackPlan, best_fit
@@ -19,6 +20,9 @@ from .stream import StreamSpec
 
 # Weights that follow from sizes are rounded to this, so that sources take turns with a short period.
 _WEIGHT_DIGITS = 1000
+# What the schema's None means for kinds that are not cut wherever a sequence is full.
+_DEFAULT_PACKING = {CHAT: "best_fit", PREFERENCE: "best_fit"}
+_DEFAULT_LONG_DOCUMENTS = {(CHAT, "best_fit"): "truncate", (PREFERENCE, "best_fit"): "drop"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +33,12 @@ class Packing:
     long_documents: str
 
 
-def packing_of(data: DataConfig, *, is_chat: bool, is_stream: bool) -> Packing:
-    """What the settings mean for a source. ConfigError: what packing cannot do."""
-    packing = data.packing or ("best_fit" if is_chat else "concat")
-    default = "truncate" if is_chat and packing == "best_fit" else "split"
-    long_documents = data.long_documents or default
+def packing_of(data: DataConfig, *, kind: str, is_stream: bool) -> Packing:
+    """What the settings mean for a source of `kind`. ConfigError: what packing cannot do."""
+    packing = data.packing or _DEFAULT_PACKING.get(kind, "concat")
+    long_documents = data.long_documents or _DEFAULT_LONG_DOCUMENTS.get((kind, packing), "split")
+    if kind == PREFERENCE:
+        _refuse_divided_pairs(data, Packing(packing=packing, long_documents=long_documents))
     if packing == "concat" and long_documents != "split":
         raise ConfigError(
             f"--long_documents={long_documents}: --packing=concat cuts wherever a sequence is full; "
@@ -42,6 +47,17 @@ def packing_of(data: DataConfig, *, is_chat: bool, is_stream: bool) -> Packing:
     if packing == "best_fit" and is_stream:
         raise ConfigError("--packing=best_fit needs all documents before the first step; set --streaming=0")
     return Packing(packing=packing, long_documents=long_documents)
+
+
+def _refuse_divided_pairs(data: DataConfig, packing: Packing) -> None:
+    """Raises ConfigError for settings under which a pair of answers would not stay two whole sequences side by side."""
+    wanted = {"packing": "best_fit", "long_documents": "drop", "document_mask": True}
+    for name, found in (vars(packing) | {"document_mask": data.document_mask}).items():
+        if found != wanted[name]:
+            raise ConfigError(
+                f"--{name}={found}: pairs of answers stay whole and side by side, and do not see each other; drop the "
+                f"flag"
+            )
 
 
 def training_sources(dataset: Dataset, data: DataConfig, *, context_tokens: int) -> list[Source]:
@@ -67,7 +83,7 @@ def validation_sources(
 
 
 def _stream(text: Text, data: DataConfig, context_tokens: int) -> StreamSpec:
-    packing_of(data, is_chat=False, is_stream=True)  # refuses what a stream cannot do
+    packing_of(data, kind=TEXT, is_stream=True)  # refuses what a stream cannot do
     return StreamSpec(
         name=text.name,
         files=text.of_split("train"),
@@ -82,7 +98,7 @@ def _stream(text: Text, data: DataConfig, context_tokens: int) -> StreamSpec:
 
 
 def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens: int, *, says: bool) -> Rows:
-    packing = packing_of(data, is_chat=member.is_chat, is_stream=False)
+    packing = packing_of(data, kind=member.kind, is_stream=False)
     starts = source.document_starts
     if packing.packing == "concat":
         if data.document_mask and starts is None and source.eos_token_id is None:
@@ -100,8 +116,14 @@ def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens:
             starts, num_tokens=source.num_tokens, context_tokens=context_tokens, long_documents=packing.long_documents
         )
         if says:
-            logger.info(_told(member.name, plan))
+            logger.info(_told(member, plan))
         rows = Packs(source, plan, document_mask=data.document_mask)
+    if says and rows.num_samples < 1 and member.kind == PREFERENCE:
+        raise DataError(
+            f"--dataset={member.name}: found {len(starts if starts is not None else ()):,} pairs of answers, each "
+            f"longer than a sequence of --max_context_width={context_tokens} tokens; expected some that fit with both "
+            f"answers and the prompt before each; give a larger --max_context_width"
+        )
     if says and rows.num_samples < 1:
         raise DataError(
             f"--dataset={member.name}: found {source.num_tokens} tokens to train on; "
@@ -111,9 +133,11 @@ def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens:
     return rows
 
 
-def _told(name: str, plan: PackPlan) -> str:
+def _told(member: Member, plan: PackPlan) -> str:
     """What packing did to a source, for people: nothing is cut or padded in silence."""
-    said = f"{name}: {len(plan.piece_starts):,} pieces of documents in {plan.num_packs:,} sequences"
+    unit = "pairs of answers" if member.kind == PREFERENCE else "documents"
+    pieces = unit if member.kind == PREFERENCE else f"pieces of {unit}"
+    said = f"{member.name}: {len(plan.piece_starts):,} {pieces} in {plan.num_packs:,} sequences"
     said += f", {plan.padding_share:.1%} padding"
     for count, what in (
         (plan.num_split_documents, "split over several sequences"),
@@ -121,7 +145,7 @@ def _told(name: str, plan: PackPlan) -> str:
         (plan.num_dropped_documents, "dropped"),
         (plan.num_short_documents, "of a single token left out"),
     ):
-        said += f"; {count:,} documents {what}" if count else ""
+        said += f"; {count:,} {unit} {what}" if count else ""
     return said + (f"; {plan.num_cut_tokens:,} tokens cut off in all" if plan.num_cut_tokens else "")
 
 

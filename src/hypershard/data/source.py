@@ -37,3 +37,10 @@ class TokenSource(Protocol):
     def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:
         """Which of these tokens the loss counts when they are predicted; None: all, in the whole source."""
         ...
+
+    def second_start(self, start: int, count: int) -> int | None:
+        """Where in the document [start, start + count) the second of a pair of answers begins, counted from `start`.
+
+        None: documents are no pairs. DataError: damaged data.
+        """
+        ...

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..data.analysis.repetition import DataWarning, Passes, repetition_warnings, small_set_warnings
 from ..data.bins.meta import META_FILE, read_meta
+from ..data.kinds import CHAT, PREFERENCE
 from ..errors import ConfigError
 from ..units import format_count
 from .window.fit import Samples
@@ -117,7 +118,7 @@ def _analysed(found: Mapping[str, Any], warnings: list[dict[str, str]], *, sourc
         num_samples=in_all,
         num_tokens=None if in_all is None else round(found["num_tokens"] / num_samples * in_all),
         longest_tokens=found["lengths"]["maximum"],
-        is_fine_tuning=found["kind"] == "chat",
+        is_fine_tuning=found["kind"] in (CHAT, PREFERENCE),
         is_estimated=not found["is_complete"],
         packed=packed,
         warnings=tuple(DataWarning(**one) for one in warnings if one["code"] in _ROW_WARNINGS),

@@ -22,7 +22,8 @@ from ...errors import DataError
 from ..bins.meta import read_meta
 from ..bins.nanogpt import is_nanogpt
 from ..bins.prepare import BYTES_PER_PROCESS, Progress
-from ..bins.token_bins import dtype_for, numpy_dtype
+from ..bins.token_bins import TokenBins, dtype_for, numpy_dtype
+from ..kinds import CHAT, PREFERENCE
 from ..mixture import parse_dataset
 from ..open import Text, bins_folder, open_bins, resolve_text
 from ..records import Malformed
@@ -35,6 +36,8 @@ REMOTE_SAMPLE = 10_000
 # arXiv:1910.10683, section 2.2). A conversation's answer may be a word, but not none.
 NEAR_EMPTY_TEXT_TOKENS = 5
 NEAR_EMPTY_ANSWER_TOKENS = 1
+# Of a pair's two answers together, one of whose end tokens is counted among them.
+_NEAR_EMPTY_TOKENS = {CHAT: NEAR_EMPTY_ANSWER_TOKENS, PREFERENCE: NEAR_EMPTY_ANSWER_TOKENS + 1}
 NUM_BINS = 16
 _DOCUMENTS_PER_REPORT = 256  # of progress
 
@@ -64,13 +67,14 @@ class Histogram:
 class DatasetAnalysis:
     """A data set, or (`is_complete` False) its first documents.
 
-    num_samples: documents, or conversations, that hold tokens. `num_samples_in_all` is num_samples where all was read,
-    else estimated from the bytes read, None where they do not tell. `num_duplicates`: documents less different ones.
+    num_samples: documents, conversations, or pairs of answers, that hold tokens; a pair counts as one document.
+    `num_samples_in_all` is num_samples where all was read, else estimated from the bytes read, None where they do not
+    tell. `num_duplicates`: documents less different ones.
     `lengths_found` [n] ascending and `length_counts` [n]: how many documents have which length.
     """
 
     name: str
-    kind: str  # 'text', 'chat', or 'tokens' where nothing says which
+    kind: str  # one of KINDS, or 'tokens' where nothing says which
     num_samples: int
     num_samples_in_all: int | None
     is_complete: bool
@@ -89,8 +93,9 @@ class DatasetAnalysis:
     length_counts: NDArray[np.int64] = field(repr=False, compare=False)
 
     @property
-    def is_chat(self) -> bool:
-        return self.kind == "chat"
+    def is_fine_tuning(self) -> bool:
+        """Whether answers are learnt, to what is not."""
+        return self.kind in (CHAT, PREFERENCE)
 
     def epochs(self, num_steps: int, samples_per_step: int) -> float | None:
         """Passes over the data when each sequence holds one sample; None where the number of samples is not known."""
@@ -118,7 +123,7 @@ def analyze(
 
     DataError: no document holds a token.
     """
-    tally = Tally(NEAR_EMPTY_ANSWER_TOKENS if kind == "chat" else NEAR_EMPTY_TEXT_TOKENS)
+    tally = Tally(_NEAR_EMPTY_TOKENS.get(kind, NEAR_EMPTY_TEXT_TOKENS))
     is_complete = True
     for document in documents:
         if tally.num_rows == limit:
@@ -201,7 +206,7 @@ def _analyze_bins(
     name: str, folder: Path, data: DataConfig, sample: int | None, progress: Callable[[Progress], None] | None
 ) -> DatasetAnalysis:
     source, _ = open_bins(folder, data.tokenizer)
-    kind = "tokens" if source.targets(0, 1) is None else "chat"
+    kind = source.kind if isinstance(source, TokenBins) else "tokens"
     documents = bins_documents(source, name=f"{name} train", limit=None if sample is None else sample + 1)
     total_bytes = source.num_tokens * numpy_dtype(dtype_for(source.vocab_size)).itemsize
     found = analyze(documents, name=name, kind=kind, limit=sample, total_bytes=total_bytes, progress=progress)

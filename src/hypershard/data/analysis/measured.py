@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bins.encoding_pool import Batch, EncodedBatch, Place, encoded, read_batches
-from ..bins.token_bins import dtype_for, numpy_dtype
+from ..bins.token_bins import COUNTED, dtype_for, numpy_dtype
 from ..encode.encoder import EncoderSpec
 from ..records import DataFile, Malformed, RawDocument
 from ..source import TokenSource
@@ -88,7 +88,7 @@ def _first(batches: Iterator[Batch], limit: int | None) -> Iterator[Batch]:
 def _pieces(batch: Batch, result: EncodedBatch) -> Iterator[tuple[RawDocument, NDArray[Any], int]]:
     """Each piece of a batch, its tokens, and how many of them the loss counts."""
     ends = np.cumsum(result.lengths)
-    counted = None if result.targets is None else np.concatenate(([0], np.cumsum(result.targets, dtype=np.int64)))
+    counted = None if result.targets is None else np.concatenate(([0], np.cumsum(result.targets == COUNTED)))
     for piece, begin, end in zip(batch.documents, (ends - result.lengths).tolist(), ends.tolist(), strict=True):
         yield piece, result.tokens[begin:end], end - begin if counted is None else int(counted[end] - counted[begin])
 

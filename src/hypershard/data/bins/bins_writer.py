@@ -254,17 +254,18 @@ class BinsWriter:
             open_split="val" if to_val[-1] else "train",
         )
 
-    def cut_val_from_train(self, val_share: float) -> None:
+    def cut_val_from_train(self, val_share: float, *, whole_documents: bool) -> None:
         """Copy the end of train to val: the last document if it is short enough, else the last `val_share` of tokens.
 
-        Afterwards `point` is without it in train; `truncate` takes it out of the file.
+        `whole_documents`: the last one, however long, of two or more. Afterwards `point` is without it in train;
+        `truncate` takes it out of the file.
         """
         point = self._state.point
         num_tokens = point.train.num_tokens
         starts = self._splits["train"].starts(point.train)
         num_cut = min(max(2, math.ceil(num_tokens * val_share)), num_tokens - 2)
         window_tokens = min(int(num_tokens * LARGEST_LAST_DOCUMENT), MAX_WINDOW_TOKENS)
-        if starts[-1] > num_tokens - window_tokens:
+        if whole_documents or starts[-1] > num_tokens - window_tokens:
             num_cut = max(2, num_tokens - int(starts[-1]))
         cut = num_tokens - num_cut
         num_left = int(np.searchsorted(starts, cut))

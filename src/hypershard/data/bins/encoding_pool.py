@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from ...errors import HypershardError
 from ..encode.encoder import EncoderSpec
 from ..read.documents import read_documents
-from ..records import WHOLE, DataFile, Encoder, Malformed, RawDocument
-from .token_bins import TARGETS_DTYPE, dtype_for, numpy_dtype
+from ..records import WHOLE, DataFile, Encoded, Encoder, Malformed, RawDocument
+from .token_bins import SECOND_START, TARGETS_DTYPE, dtype_for, numpy_dtype
 
 # Text for about a second of one core: much more than it takes to hand it over, little enough to hold many.
 BATCH_DOCUMENTS = 4096
@@ -59,7 +59,7 @@ class Batch:
 class EncodedBatch:
     """The tokens of a batch, one piece after another: `lengths` [pieces] says how many are whose.
 
-    `targets` [tokens] 0 or 1, or None where the loss counts every token. A malformed piece has none.
+    `targets` [tokens] as token bins hold them, or None where the loss counts every token. A malformed piece has none.
     """
 
     tokens: NDArray[Any]
@@ -195,7 +195,7 @@ def _encode_in_worker(spec: EncoderSpec, packed: _Packed) -> EncodedBatch:
 
 def _encode(encoder: Encoder, documents: list[RawDocument], spec: EncoderSpec) -> EncodedBatch:
     tokens: list[NDArray[np.int64]] = []
-    targets: list[NDArray[np.bool_]] = []
+    targets: list[NDArray[np.uint8]] = []
     lengths = np.zeros(len(documents), dtype=np.int64)
     malformed = []
     for index, result in enumerate(encoder.encode(documents)):
@@ -205,7 +205,7 @@ def _encode(encoder: Encoder, documents: list[RawDocument], spec: EncoderSpec) -
         lengths[index] = len(result.tokens)
         tokens.append(result.tokens)
         if spec.has_targets:
-            targets.append(np.ones(len(result.tokens), bool) if result.targets is None else result.targets)
+            targets.append(_targets(result))
     return EncodedBatch(
         tokens=_joined(tokens, numpy_dtype(dtype_for(spec.vocab_size))),
         targets=_joined(targets, TARGETS_DTYPE) if spec.has_targets else None,
@@ -213,6 +213,16 @@ def _encode(encoder: Encoder, documents: list[RawDocument], spec: EncoderSpec) -
         ends=np.array([document.ends_document for document in documents], dtype=np.bool_),
         malformed=malformed,
     )
+
+
+def _targets(encoded: Encoded) -> NDArray[np.uint8]:
+    """As token bins hold them."""
+    if encoded.targets is None:
+        return np.ones(len(encoded.tokens), dtype=np.uint8)
+    targets = encoded.targets.astype(np.uint8)
+    if encoded.second_start is not None:
+        targets[encoded.second_start] = SECOND_START
+    return targets
 
 
 def _joined(arrays: Sequence[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from ...errors import DataError
 from ...storage import read_json
+from ..kinds import CHAT, KINDS, TEXT
 
 META_FILE = "meta.json"
 FORMAT = "hypershard token bins"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Version 2 did not name the kind, and knew no preferences; the files beside meta.json are the same since.
+FILES_VERSION = 2
 SPLITS = ("train", "val")
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 MAKE_AGAIN = "make the folder again with `hypershard prepare` (or delete it, if it is one kept in --cache_dir)"
@@ -46,6 +49,7 @@ class SplitMeta:
 class BinsMeta:
     """The content of meta.json. `encoding` names everything that decided the tokens (see `EncoderSpec.identity`)."""
 
+    kind: str  # one of KINDS
     dtype: str  # uint16 or uint32
     vocab_size: int
     eos_token_id: int | None
@@ -62,7 +66,7 @@ class BinsMeta:
 
 
 def read_meta(folder: Path) -> BinsMeta:
-    """meta.json of `folder`, checked key by key. DataError: missing, damaged, or of another version."""
+    """meta.json of `folder`, checked key by key. DataError: missing, damaged, or of a version not understood."""
     path = folder / META_FILE
     try:
         value = read_json(path)
@@ -73,6 +77,8 @@ def read_meta(folder: Path) -> BinsMeta:
     except ValueError as error:
         raise DataError(f"--dataset={folder}: {path} is damaged ({error}); {MAKE_AGAIN}") from error
     found = value if isinstance(value, dict) else {}
+    if found.get("format") == FORMAT and found.get("format_version") == FILES_VERSION:
+        found = {**found, "format_version": FORMAT_VERSION, "kind": _unnamed_kind(found.get("train"))}
     if found.get("format") != FORMAT or found.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"--dataset={folder}: {path} says format {found.get('format')!r}, format_version "
@@ -84,10 +90,21 @@ def read_meta(folder: Path) -> BinsMeta:
         raise DataError(f"--dataset={folder}: {path} is incomplete or wrong at {error}; {MAKE_AGAIN}") from error
     if meta.dtype not in DTYPES:
         raise DataError(f"--dataset={folder}: {path} has dtype {meta.dtype!r}; expected one of {', '.join(DTYPES)}")
+    has_targets = [getattr(meta, name).targets is not None for name in SPLITS]
+    if meta.kind not in KINDS or has_targets != [meta.kind != TEXT] * len(SPLITS):
+        raise DataError(
+            f"--dataset={folder}: {path} has kind {meta.kind!r} and {sum(has_targets)} files of targets; expected one "
+            f"of {', '.join(KINDS)}, with two of them, or none for {TEXT}; {MAKE_AGAIN}"
+        )
     outside = [file.name for name in SPLITS for file in getattr(meta, name).files if Path(file.name).name != file.name]
     if outside:
         raise DataError(f"--dataset={folder}: {path} names {outside[0]!r}; expected a file beside it; {MAKE_AGAIN}")
     return meta
+
+
+def _unnamed_kind(train: Any) -> str:
+    """What the rows were, where meta.json does not say: only conversations had targets."""
+    return CHAT if isinstance(train, dict) and train.get("targets") is not None else TEXT
 
 
 _JSON_TYPES: dict[str, Any] = {

@@ -112,6 +112,11 @@ class NanoGPT:
         del start, count
         return None
 
+    def second_start(self, start: int, count: int) -> int | None:
+        """None: its documents are no pairs."""
+        del start, count
+        return None
+
 
 def open_nanogpt(folder: Path, tokenizer: str | None) -> tuple[NanoGPT, NanoGPT]:
     """The splits (train, val) of nanoGPT's `folder`; `tokenizer` may name the one it was made with, to be kept.

@@ -23,10 +23,11 @@ from ...storage import make_directory, readable_errors, write_json
 from ...units import format_bytes, format_count
 from ..encode.encoder import EncoderSpec
 from ..encode.tokenizer import COMPANION_FILES
+from ..kinds import PREFERENCE
 from ..records import DataFile, Malformed
 from .bins_writer import BinsWriter, Point, SplitCounts, SplitRule
 from .encoding_pool import Place, encoded, read_batches
-from .meta import FORMAT_VERSION, META_FILE, BinsMeta
+from .meta import FILES_VERSION, META_FILE, BinsMeta
 from .token_bins import dtype_for, numpy_dtype
 from .unfinished import Unfinished, locked
 
@@ -80,9 +81,9 @@ def prepare(
 
     Where some files are named val, files keep their split; else a document goes to val where a hash of (`seed`, its
     index) falls below `val_share`. Where that picks none, val gets the last document, or the last `val_share` of the
-    tokens if that document is long: one .txt file works too. `malformed_rows`: 'refuse' the first, or 'skip' and count
-    them. At most `num_processes` processes tokenise, fewer where there is little to do. While another process makes
-    `output`, this one waits.
+    tokens if that document is long and no pair of answers: one .txt file works too. `malformed_rows`: 'refuse' the
+    first, or 'skip' and count them. At most `num_processes` processes tokenise, fewer where there is little to do.
+    While another process makes `output`, this one waits.
 
     DataError: unreadable documents, nothing in them, files that change meanwhile, or `output` holds something.
     StorageError: the disk refuses. HypershardError: a process was killed. After any of them, and after a kill, the
@@ -112,7 +113,7 @@ def _require_room(output: Path) -> None:
 
 def _identity(files: Sequence[DataFile], spec: EncoderSpec, rule: SplitRule) -> str:
     described = [(file.location, file.size_bytes, file.version, file.split) for file in files]
-    parts = (FORMAT_VERSION, described, spec.identity, spec.vocab_size, rule.val_share, rule.seed)
+    parts = (FILES_VERSION, described, spec.identity, spec.vocab_size, rule.val_share, rule.seed)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -229,7 +230,7 @@ class _Work:
             raise
         self._note()
         if self._writer.point.val.num_tokens < 2:
-            self._writer.cut_val_from_train(self._rule.val_share)
+            self._writer.cut_val_from_train(self._rule.val_share, whole_documents=self._spec.kind == PREFERENCE)
             self._note()  # before the tokens that moved are cut off train
         splits = self._writer.finish()
         folder = self._unfinished.folder
@@ -240,6 +241,7 @@ class _Work:
                 if source.is_file():
                     shutil.copyfile(source, folder / name)
         meta = BinsMeta(
+            kind=self._spec.kind,
             dtype=dtype_for(self._spec.vocab_size),
             vocab_size=self._spec.vocab_size,
             eos_token_id=self._spec.eos_token_id,
@@ -277,6 +279,11 @@ class _Work:
             raise DataError(
                 f"--dataset: found {found} tokens for '{name}' in {len(read)} files, such as {read[0].location}; "
                 f"expected at least {num_tokens}: the text is empty or nearly so"
+            )
+        if self._spec.kind == PREFERENCE and not self._rule.has_val_files and self._writer.point.num_documents < 2:
+            raise DataError(
+                f"--dataset: found one pair of answers in {self._files[0].location}; expected at least two, to train "
+                f"on and to validate on"
             )
 
 

@@ -12,7 +12,7 @@ from ...units import format_bytes
 from ..encode.encoder import EncoderSpec
 from ..records import DataFile
 from .encoding_pool import num_cores
-from .meta import FORMAT_VERSION, META_FILE, read_meta
+from .meta import FILES_VERSION, META_FILE, read_meta
 from .prepare import SPLIT_SEED, log_progress, prepare
 
 
@@ -55,5 +55,5 @@ def prepare_text(
 
 def _cache_key(files: Sequence[DataFile], spec: EncoderSpec, val_share: float) -> str:
     described = [(file.location, file.size_bytes, file.version, file.split) for file in files]
-    parts = (FORMAT_VERSION, described, spec.identity, val_share, SPLIT_SEED)
+    parts = (FILES_VERSION, described, spec.identity, val_share, SPLIT_SEED)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

@@ -2,7 +2,8 @@
 
     train.bin, val.bin          token ids, little-endian, uint16 where the vocabulary fits and uint32 else
     train.starts, val.starts    int64, little-endian: where each document begins, counted in tokens
-    train.targets, val.targets  uint8: 1 where the loss counts the token; only where it does not count all of them
+    train.targets, val.targets  uint8: 1 where the loss counts the token; only where it does not count all of them. In
+                                preferences 2 where the rejected sequence begins, whose first token is never counted
     meta.json                   what they are, with sizes and checksums; written last
 
 Nothing but numbers is in the first three, so they can be memory-mapped at any size.
@@ -18,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DataError
+from ..kinds import PREFERENCE
 from .meta import DTYPES, MAKE_AGAIN, SPLITS, BinsMeta, FileMeta, SplitMeta, read_meta
 
 STARTS_NAMES = tuple(f"{split}.starts" for split in SPLITS)
 STARTS_DTYPE = np.dtype("<i8")
 TARGETS_DTYPE = np.dtype("u1")
+COUNTED, SECOND_START = 1, 2  # of targets; 0: not counted
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -81,6 +84,11 @@ class TokenBins:
         return self._split.num_documents
 
     @property
+    def kind(self) -> str:
+        """What its documents are: one of KINDS."""
+        return self._meta.kind
+
+    @property
     def eos_token_id(self) -> int | None:
         return self._meta.eos_token_id
 
@@ -92,7 +100,9 @@ class TokenBins:
     def fingerprint(self) -> str:
         """Of the tokens and what they mean, from meta.json: the same for a copy, another one for other data."""
         files = tuple(file.sha256 for file in self._split.files)
-        meaning = (files, self._meta.dtype, self._meta.eos_token_id, self._meta.tokenizer_sha256)
+        meaning: tuple[Any, ...] = (files, self._meta.dtype, self._meta.eos_token_id, self._meta.tokenizer_sha256)
+        if self.kind == PREFERENCE:  # text and conversations differ in their files, and keep the name they had
+            meaning += (self.kind,)
         return hashlib.sha256(repr(meaning).encode()).hexdigest()[:32]
 
     @property
@@ -121,20 +131,46 @@ class TokenBins:
     def targets(self, start: int, count: int) -> NDArray[np.bool_] | None:
         """Which tokens [count] the loss counts when they are predicted; None: all of the split.
 
-        DataError: a value neither 0 nor 1.
+        DataError: a value that has no meaning.
         """
+        stored = self._stored_targets(start, count)
+        return None if stored is None else stored == COUNTED
+
+    def second_start(self, start: int, count: int) -> int | None:
+        """Where in the document [start, start + count) of a pair the second sequence begins; None: these are no pairs.
+
+        DataError: the file of targets is damaged, so that it does not say.
+        """
+        stored = self._stored_targets(start, count) if self.kind == PREFERENCE else None
+        if stored is None:
+            return None
+        found = np.flatnonzero(stored == SECOND_START).tolist()
+        # Each sequence has a token to read and one to predict.
+        if len(found) != 1 or not 2 <= found[0] <= count - 2:
+            raise self._damaged_targets(
+                f"marks {len(found)} places ({', '.join(map(str, found[:3]))}) in the pair of {count} tokens from "
+                f"token {start} on; expected one, where its second answer begins"
+            )
+        return int(found[0])
+
+    def _stored_targets(self, start: int, count: int) -> NDArray[np.uint8] | None:
         assert start >= 0 and count >= 0 and start + count <= self.num_tokens, (start, count, self.num_tokens)
         if self._targets is None:
             return None
         stored = self._targets[start : start + count]
-        if count and int(stored.max()) > 1:
+        largest = SECOND_START if self.kind == PREFERENCE else COUNTED
+        if count and int(stored.max()) > largest:
             where = int(stored.argmax())
-            raise DataError(
-                f"--dataset={self._folder}: the file of targets holds {stored[where]} at token {start + where}; "
-                f"expected 0 or 1; the file is damaged: copy it again, or {MAKE_AGAIN}",
-                shared_by_all_ranks=False,
-            )
-        return stored.astype(np.bool_)
+            expected = "0, 1 or 2" if largest == SECOND_START else "0 or 1"
+            raise self._damaged_targets(f"holds {stored[where]} at token {start + where}; expected {expected}")
+        return stored
+
+    def _damaged_targets(self, what: str) -> DataError:
+        return DataError(
+            f"--dataset={self._folder}: the file of targets {what}; the file is damaged: copy it again, or "
+            f"{MAKE_AGAIN}",
+            shared_by_all_ranks=False,
+        )
 
 
 def open_token_bins(folder: Path) -> tuple[TokenBins, TokenBins]:

@@ -59,8 +59,11 @@ class ChatRenderer:
         self._arguments_as_text: dict[str, bool] = {}
         _compile(template)
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Refused: a special token in a message, a template that raises, leaves content out, or hides its turns."""
+    def render(self, conversation: Conversation, *, num_given: int = 0) -> Rendered:
+        """The loss counts nothing of the first `num_given` messages.
+
+        Refused: a special token in a message, a template that raises, leaves content out, or hides its turns.
+        """
         self._refuse_forged(conversation)
         template = self._template.text_for(conversation.tools)
         messages = conversation.messages
@@ -69,10 +72,11 @@ class ChatRenderer:
         writer = _Writer(template, conversation.tools, self._variables)
         if marks_generation(template):
             text, spans = writer.write_marked(messages)
+            spans = _without_given(spans, writer, messages[:num_given], text)
         else:
             text = writer.write(messages)
             _require_whole(messages, text)
-            spans = self._turns(writer, messages, text)
+            spans = self._turns(writer, messages, text, num_given=num_given)
         if not spans:
             raise Refused(f"the chat template ({self._template.source}) marks nothing of the assistant's turns")
         return Rendered(
@@ -113,10 +117,10 @@ class ChatRenderer:
             self._arguments_as_text[template] = not _writes(writer, {"a": "b"}) and _writes(writer, '{"a": "b"}')
         return self._arguments_as_text[template]
 
-    def _turns(self, writer: _Writer, messages: list[dict[str, Any]], text: str) -> Spans:
+    def _turns(self, writer: _Writer, messages: list[dict[str, Any]], text: str, *, num_given: int) -> Spans:
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or index < num_given:
                 continue
             so_far = writer.write(messages[: index + 1]) if index + 1 < len(messages) else text
             if not text.startswith(so_far):
@@ -129,6 +133,19 @@ class ChatRenderer:
                 raise Refused(f"message {index + 1}: the chat template writes nothing of it; {_USE_MARKERS}")
             spans.append((start, end))
         return tuple(spans)
+
+
+def _without_given(spans: Spans, writer: _Writer, given: list[dict[str, Any]], text: str) -> Spans:
+    """The spans behind the messages `given`, with which the conversation begins."""
+    if not any(message["role"] == "assistant" for message in given):
+        return spans
+    before = writer.write(given)
+    if not text.startswith(before):
+        raise Refused(
+            f"the chat template writes the {len(given)} messages of the prompt in another way when "
+            f"an answer follows, so which turns are the prompt's cannot be told; give another (--chat_template)"
+        )
+    return tuple(span for span in spans if span[0] >= len(before))
 
 
 def _start_of_turn(writer: _Writer, messages: list[dict[str, Any]], index: int, text: str) -> int:

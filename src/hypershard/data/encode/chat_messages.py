@@ -34,10 +34,15 @@ def read_conversation(row: Mapping[str, Any], *, messages_field: str, tools_fiel
         raise Refused(f"found {found}; expected a list of messages under {messages_field!r}; --messages_field names it")
     if not messages:
         raise Refused(f"found no messages under {messages_field!r}; expected at least one of the assistant's")
-    read = [_message(message, where=f"message {number}") for number, message in enumerate(messages, start=1)]
+    read = read_messages(messages, where="")
     if not any(message["role"] == "assistant" for message in read):
         raise Refused("found no message of the assistant; expected at least one, since only those are learnt")
-    return Conversation(messages=read, tools=_tools(row.get(tools_field), tools_field))
+    return Conversation(messages=read, tools=read_tools(row.get(tools_field), tools_field))
+
+
+def read_messages(messages: list[Any], *, where: str) -> list[dict[str, Any]]:
+    """The messages as templates expect them; `where` they are, for errors. Refused: anything else."""
+    return [_message(message, where=f"{where}message {number}") for number, message in enumerate(messages, start=1)]
 
 
 def without_nulls(value: Any) -> Any:
@@ -149,7 +154,7 @@ def _with_arguments(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-def _tools(tools: Any, tools_field: str) -> list[dict[str, Any]] | None:
+def read_tools(tools: Any, tools_field: str) -> list[dict[str, Any]] | None:
     """Tools are often kept as JSON text, because a table's column cannot hold schemas of different shapes."""
     if isinstance(tools, str) and tools.strip():
         try:

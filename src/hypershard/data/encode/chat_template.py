@@ -47,6 +47,17 @@ def read_chat_template(tokenizer: TextTokenizer, given: Path | None) -> ChatTemp
 
     DataError: no template, one that is no text, or no default among several.
     """
+    template = find_chat_template(tokenizer, given)
+    if template is None:
+        raise DataError(
+            f"--chat_template: found no chat template in {tokenizer.path.with_name('tokenizer_config.json')} nor "
+            f"{TEMPLATE_FILE} beside it; conversations need one, such as that of the model's instruction-tuned version"
+        )
+    return template
+
+
+def find_chat_template(tokenizer: TextTokenizer, given: Path | None) -> ChatTemplate | None:
+    """As `read_chat_template`, but None where there is no template."""
     config_path = tokenizer.path.with_name("tokenizer_config.json")
     config = _settings(config_path)
     beside = tokenizer.path.with_name(TEMPLATE_FILE)
@@ -55,9 +66,11 @@ def read_chat_template(tokenizer: TextTokenizer, given: Path | None) -> ChatTemp
         source, text, tool_text = given, _read(given), None
     elif beside.is_file():
         source, text, tool_text = beside, _read(beside), _read(for_tools) if for_tools.is_file() else None
-    else:
+    elif (configured := config.get("chat_template")) is not None:
         source = config_path
-        text, tool_text = _configured(config.get("chat_template"), config_path)
+        text, tool_text = _configured(configured, config_path)
+    else:
+        return None
     return ChatTemplate(source=str(source), text=text, tool_text=tool_text, variables=_variables(config, tokenizer))
 
 
@@ -85,11 +98,6 @@ def _configured(value: Any, path: Path) -> tuple[str, str | None]:
     """(template, template for tools) of the `chat_template` in a tokenizer_config.json."""
     if isinstance(value, str):
         return value, None
-    if value is None:
-        raise DataError(
-            f"--chat_template: found no chat template in {path} nor {TEMPLATE_FILE} beside it; conversations need one, "
-            "such as that of the model's instruction-tuned version"
-        )
     try:
         named = {entry["name"]: str(entry["template"]) for entry in value}
         return named["default"], named.get("tool_use")

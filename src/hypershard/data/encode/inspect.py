@@ -9,6 +9,7 @@ import numpy as np
 
 from ..records import Encoded, Malformed, RawDocument
 from .encoder import EncoderSpec
+from .preference_rows import CHOSEN_FIELD, REJECTED_FIELD
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ _OPEN, _CLOSE = "[[", "]]"
 def show(documents: Iterable[RawDocument], spec: EncoderSpec, *, limit: int, console: Console | None = None) -> None:
     """Print the first `limit` documents as tokens, those that the loss counts in green and the others dim.
 
-    Every second token is underlined, so that one sees where they end. Without colour (NO_COLOR, or no terminal) runs
-    of counted tokens stand between [[ and ]]. Malformed rows are shown with the reason. DataError: as `spec.build`.
+    A pair of answers is two sequences, one under the other. Every second token is underlined, so that one sees where
+    they end. Without colour (NO_COLOR, or no terminal) runs of counted tokens stand between [[ and ]]. Malformed rows
+    are shown with the reason. DataError: as `spec.build`.
     """
     from rich.console import Console
     from rich.text import Text
@@ -40,9 +42,12 @@ def show(documents: Iterable[RawDocument], spec: EncoderSpec, *, limit: int, con
         if isinstance(encoded, Malformed):
             console.print(Text(f"malformed: {_visible(encoded.reason)}", style="red"), soft_wrap=True)
             continue
-        if encoded.tokens.size:
-            console.print(_text(encoded, backend, is_plain=is_plain), soft_wrap=True)
-        console.print(Text(_counts(encoded), style="bold"), soft_wrap=True)
+        for name, sequence in _sequences(encoded):
+            if name:
+                console.print(Text(f"--- {name}", style="bold"))
+            if sequence.tokens.size:
+                console.print(_text(sequence, backend, is_plain=is_plain), soft_wrap=True)
+            console.print(Text(_counts(sequence), style="bold"), soft_wrap=True)
 
 
 def _first(documents: Iterable[RawDocument], limit: int) -> Iterator[list[RawDocument]]:
@@ -59,13 +64,24 @@ def _first(documents: Iterable[RawDocument], limit: int) -> Iterator[list[RawDoc
             return
 
 
+def _sequences(encoded: Encoded) -> list[tuple[str, Encoded]]:
+    """(name, tokens) of each sequence in a document; one without a name where it is no pair."""
+    second = encoded.second_start
+    if second is None or encoded.targets is None:
+        return [("", encoded)]
+    halves = ((CHOSEN_FIELD, slice(0, second)), (REJECTED_FIELD, slice(second, None)))
+    return [(name, Encoded(tokens=encoded.tokens[half], targets=encoded.targets[half])) for name, half in halves]
+
+
 def _joined(parts: list[Encoded | Malformed]) -> Encoded | Malformed:
-    """A document from its pieces; the first malformed one, if there is one."""
+    """A document from its pieces; the first malformed one, if there is one. Only text comes in several."""
     encoded: list[Encoded] = []
     for part in parts:
         if isinstance(part, Malformed):
             return part
         encoded.append(part)
+    if len(encoded) == 1:
+        return encoded[0]
     targets = [part.targets for part in encoded if part.targets is not None]
     return Encoded(
         tokens=np.concatenate([part.tokens for part in encoded]),
