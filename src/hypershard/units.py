@@ -30,3 +30,11 @@ def format_seconds(seconds: float) -> str:
     if seconds < 86400:
         return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
     return f"{int(seconds // 86400)}d{int(seconds % 86400 // 3600):02d}h"
+
+
+def quoted(text: str, *, most: int, at_start: bool = False) -> str:
+    """At most `most` characters of anybody's text, in quotes, with an ellipsis where some are left out: at its end or
+    its start. What a terminal would act on, line breaks too, is escaped as in Python."""
+    if len(text) > most:
+        text = f"…{text[len(text) - most + 1 :]}" if at_start else f"{text[: most - 1]}…"
+    return repr(text)

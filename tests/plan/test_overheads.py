@@ -11,7 +11,7 @@ from hypershard.plan.overheads import (
     hours_window,
     overheads,
 )
-from hypershard.plan.steps import host_bytes_per_second
+from hypershard.plan.steps import communication, host_bytes_per_second
 
 STEP_SECONDS = 6.0
 
@@ -38,6 +38,23 @@ def test_once() -> None:
     both = beside(s3_tier_base_path="s3://bucket/run")[1].once["final save"]
     assert both == pytest.approx(2 * found.once["final save"])
     assert "final save" not in beside(checkpoint_freq=0)[1].once
+
+
+def test_texts_cost_a_forward_for_each_token() -> None:
+    """20 texts on 16 GPUs are 2 rows on some: forwards of 2 x 42 tokens, but none quicker than the weights come."""
+
+    def seconds(step_seconds: float, **flags: int) -> float:
+        job = job_of("llama3_2_1b", num_nodes=2, train_batch_size=4, **flags)
+        return overheads(job, step_seconds=step_seconds).once["last validation"]
+
+    texts = {"validation_texts": 20, "validation_text_tokens": 10}
+    of_texts = seconds(600.0, **texts) - seconds(600.0)
+    context = job_of("llama3_2_1b", num_nodes=2).model.max_context_width
+    assert of_texts == pytest.approx(10 * 600 / 3 * 2 * (32 + 10) / (4 * context))
+    job = job_of("llama3_2_1b", num_nodes=2)
+    # In bfloat16 two gathers of 2 bytes and a reduction of 4.
+    assert seconds(1e-9, **texts) == pytest.approx(10 * communication(job).hidden / 4)
+    assert seconds(1e-9, **texts, val_batch_size=1) == pytest.approx(2 * 10 * communication(job).hidden / 4)
 
 
 def test_each_step() -> None:

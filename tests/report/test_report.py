@@ -42,6 +42,24 @@ def test_summary_and_text(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_texts_first_and_newest_escaped(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 5)
+    written = [
+        {"step": 2, "prompt": "Given up", "text": "gone"},
+        {"step": 2, "prompt": "Once " * 40, "text": "a[bold]b\x1b[31m\x9b\u202e"},
+        {"step": 4, "prompt": "Once " * 40, "text": "upon a time\n" + "word " * 200},
+        {"step": 4, "prompt": "New", "text": "x"},
+    ]
+    (tmp_path / "run" / "texts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in written))
+    found = {one.prompt: one for one in read_run(tmp_path / "run").texts}
+    assert list(found) == ["Once " * 40, "New"] and found["New"].first == found["New"].newest == (4, "x")
+    text = render(read_run(tmp_path / "run"))
+    assert "after      '…" in text and r"step 2     'a[bold]b\x1b[31m\x9b\u202e'" in text
+    assert r"step 4     'upon a time\nword word" in text and text.count("step 4     'x'") == 1
+    assert all(one.isprintable() or one == "\n" for one in text) and max(map(len, text.splitlines())) <= 100
+    assert "more, in texts.jsonl" not in text
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 5)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:

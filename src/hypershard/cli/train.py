@@ -181,7 +181,7 @@ def _build_and_train(
 ) -> None:
     from ..train.loop import Schedule
     from ..train.loop import run as train
-    from ..train.run_dir import belongings, is_only_read, keep, sinks_opener
+    from ..train.run_dir import belongings, is_only_read, keep, sinks_opener, text_keeper
     from ..train.setup import build_job
     from .train_plan import RunPlan
 
@@ -207,6 +207,7 @@ def _build_and_train(
         ),
         eval_only=config.train.eval_only,
         open_sinks=sinks_opener(run_dir, config, is_main=is_main, more=[plan]),
+        keep_texts=text_keeper(run_dir),
         event=event,
     )
     job.data.loader.close()

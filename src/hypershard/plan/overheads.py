@@ -14,7 +14,7 @@ from ..optim.replan import reserve_hours, steps_that_fit
 from ..units import format_seconds
 from .bytes import state_bytes
 from .job import Job, sizes_of
-from .steps import host_bytes_per_second
+from .steps import communication, host_bytes_per_second
 
 # Assumptions, on a cluster: processes up and torch imported from a shared disk, the network joined, weights made and
 # the rehearsal's first batches; the same of a small model on cores at hand; and blocks compiled, where they are.
@@ -25,6 +25,7 @@ COMPILE_SECONDS = 120.0
 DISK_GB_PER_SECOND = 1.0
 # Of a micro-step: forward is a third of the FLOPs of forward and backward; with a reference two quarters.
 _FORWARD_SHARE, _FORWARD_SHARE_WITH_REFERENCE = 1 / 3, 1 / 2
+_PROMPT_TOKENS = 32  # of a text written at a validation; an assumption where prompts are conversations
 _PUBLISHED_BYTES = 2  # of a weight in a published model, which is in bfloat16
 
 
@@ -92,7 +93,7 @@ def overheads(job: Job, *, step_seconds: float) -> Overheads:
     """What `job` takes besides its steps of `step_seconds`; the settings say how often it validates and saves."""
     start = START_SECONDS if job.has_gpus else START_SECONDS_ON_CPU
     write = _write_seconds(job)
-    validation = _validation_seconds(job, step_seconds)
+    validation = _validation_seconds(job, step_seconds) + _texts_seconds(job, step_seconds)
     freq = job.train.validation_freq
     once = {
         "start": start,
@@ -135,6 +136,28 @@ def _validation_seconds(job: Job, step_seconds: float) -> float:
     micro_seconds = step_seconds / job.accumulation * sequences / job.data.train_batch_size
     share = _FORWARD_SHARE_WITH_REFERENCE if job.has_reference else _FORWARD_SHARE
     return job.train.validation_batches * micro_seconds * share
+
+
+def _texts_seconds(job: Job, step_seconds: float) -> float:
+    """A forward for each token of --validation_texts, of as many rows as a validation batch has at most.
+
+    Each takes as long as its tokens do in training, but no less than gathering the blocks or reading the weights does.
+    """
+    train, data = job.train, job.data
+    if not train.validation_texts:
+        return 0.0
+    rows_of_rank = -(-train.validation_texts // job.num_gpus)
+    num_rows = min(data.val_batch_size or data.train_batch_size, rows_of_rank)
+    width = min(_PROMPT_TOKENS + train.validation_text_tokens, job.model.max_context_width)
+    computing = step_seconds / job.accumulation * _FORWARD_SHARE * num_rows * width / job.micro_tokens
+    gathering = 0.0
+    if job.parallel.sharding_strategy in ("full", "hybrid"):
+        # A micro-step gathers the blocks so often, and reduces in float32 what is trained: adapters are few.
+        passes = 2 + job.has_reference + (0 if job.has_adapters else 4 / job.number_bytes)
+        gathering = communication(job).hidden / passes
+    reading = job.gathered.total / (job.instance.gpu.memory_tb_per_second * 1e12)
+    forward = max(computing, gathering, reading)
+    return -(-rows_of_rank // num_rows) * min(train.validation_text_tokens, width) * forward
 
 
 def _save_seconds(job: Job, step_seconds: float, write_seconds: float) -> float:

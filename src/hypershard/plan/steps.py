@@ -173,7 +173,8 @@ def _unpacked_bytes(job: Job) -> float:
 
     A pass costs its code and its number in bfloat16 where one kernel does it, 14 bytes by parts (adapters/nf4.py).
     """
-    passes = 2 + job.has_reference + {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
+    again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
+    passes = 2 + job.has_reference + again
     num_bytes = _UNPACK_BYTES_COMPILED if job.parallel.compile else _UNPACK_BYTES
     formats = nf4_formats(job.model, job.adapters)
     return passes * num_bytes * sum(math.prod(layout.shape) for layout in formats.values())
@@ -230,7 +231,7 @@ def communication(job: Job) -> Communication:
         wide, more = _bandwidth(job, job.num_nodes)
         shard = 4.0 * trained.total / degree
         copied = 2 * _moved(shard / layers, replicas, wide, job.num_nodes) * layers
-    # Per micro-step: gathered twice (full, hybrid; and for a reference), reduced unless once a step will do (zero1, none).
+    # Per micro-step: gathered twice (full, hybrid) and for a reference, reduced unless once a step will do (zero1, none).
     gathers = (2 + job.has_reference) * layers * gather(block) if strategy in ("full", "hybrid") else 0.0
     reduces = layers * reduce(trained.block) if strategy in ("full", "hybrid", "zero2") else 0.0
     once = copied

@@ -31,11 +31,24 @@ class AgainstPlan:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What the model wrote after `prompt` at its newest validation, and at the first one that asked for this.
+
+    Both are (step, text); the same where there was only one.
+    """
+
+    prompt: str
+    first: tuple[int, str]
+    newest: tuple[int, str]
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first.
 
     `data_share`: of the time in steps, what rank 0 waited for its batches; `padding`: mean share of its inputs that
     only fill up rows.
+    `texts`: what the model wrote at validations, in the prompts' order.
     `alarms`: what went wrong beside the training, with its time in seconds since 1970.
     """
 
@@ -43,6 +56,7 @@ class RunSummary:
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     validation_losses: tuple[tuple[int, float], ...]
+    texts: tuple[Written, ...]
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -69,6 +83,7 @@ def read_run(run_dir: Path) -> RunSummary:
         steps=tuple(record["step"] for record in training),
         losses=tuple(record["loss"] for record in training),
         validation_losses=tuple((r["step"], r["validation_loss"]) for r in records if "validation_loss" in r),
+        texts=_texts(run_dir),
         tokens=training[-1]["tokens"],
         seconds=_total_seconds(training),
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in steady),
@@ -101,6 +116,18 @@ def _against_plan(run_dir: Path, last: dict[str, Any]) -> AgainstPlan | None:
         dollars_spent=last.get("training/dollars_spent"),
         dollars_to_come=last.get("training/dollars_to_come"),
     )
+
+
+def _texts(run_dir: Path) -> tuple[Written, ...]:
+    records = read_json_lines(run_dir / "texts.jsonl")
+    first: dict[str, tuple[int, str]] = {}
+    newest: dict[str, tuple[int, str]] = {}
+    for record in records:
+        first.setdefault(record["prompt"], (record["step"], record["text"]))
+        newest[record["prompt"]] = (record["step"], record["text"])
+    # Of prompts that were given up when a run went on with others nothing new is known.
+    last_step = max((step for step, _ in newest.values()), default=0)
+    return tuple(Written(prompt, first[prompt], came) for prompt, came in newest.items() if came[0] == last_step)
 
 
 def _total_seconds(training: list[dict[str, Any]]) -> float:

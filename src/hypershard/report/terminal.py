@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import datetime
 import math
+import textwrap
 from collections.abc import Sequence
 
-from ..units import format_bytes, format_count, format_seconds
-from .read import AgainstPlan, RunSummary
+from ..units import format_bytes, format_count, format_seconds, quoted
+from .read import AgainstPlan, RunSummary, Written
 
 _ALARMS_SHOWN = 5
+_TEXTS_SHOWN = 5
+# Characters of a prompt's end, which is what is gone on from, and of a text; and the width of a page.
+_PROMPT_SHOWN, _TEXT_SHOWN, _WIDTH = 80, 400, 100
 
 
 def render(run: RunSummary) -> str:
-    """The loss curve, then loss, speed, memory, checkpoints and where everything is."""
+    """The loss curve, then loss, speed, memory, checkpoints, where everything is, and texts that the model wrote."""
     lines = [draw_curve(run.steps, run.losses), ""]
     lines.append(
         f"loss       {run.losses[0]:.4f} at step {run.steps[0]}, {run.losses[-1]:.4f} at step {run.steps[-1]} "
@@ -38,6 +42,7 @@ def render(run: RunSummary) -> str:
     if len(run.alarms) > _ALARMS_SHOWN:
         lines.append(f"           and {len(run.alarms) - _ALARMS_SHOWN} alarms before these, in events.jsonl")
     lines.append(f"run        {run.run_dir}")
+    lines += _texts(run.texts)
     return "\n".join(lines)
 
 
@@ -56,6 +61,19 @@ def _against_plan(plan: AgainstPlan) -> str:
         to_come = f" + ${plan.dollars_to_come:,.2f} to come" if plan.dollars_to_come else ""
         parts.append(f"${plan.dollars_spent:,.2f}{to_come}")
     return "; ".join(parts)
+
+
+def _texts(texts: Sequence[Written]) -> list[str]:
+    """Each prompt, what was written after it at first, and what is now; escaped, as a model may write anything."""
+    lines = []
+    for text in texts[:_TEXTS_SHOWN]:
+        lines += ["", f"after      {quoted(text.prompt, most=_PROMPT_SHOWN, at_start=True)}"]
+        for step, written in dict.fromkeys((text.first, text.newest)):
+            shown = textwrap.wrap(quoted(written, most=_TEXT_SHOWN), _WIDTH - 11)
+            lines += [f"{f'step {step}' if not number else '':<11}{line}" for number, line in enumerate(shown)]
+    if len(texts) > _TEXTS_SHOWN:
+        lines += ["", f"           and {len(texts) - _TEXTS_SHOWN} texts more, in texts.jsonl"]
+    return lines
 
 
 def draw_curve(steps: Sequence[int], values: Sequence[float], *, width: int = 64, height: int = 12) -> str:

@@ -114,7 +114,7 @@ def build_data(
             "seed": data.seed,
             "context": context_tokens,
             "packing": [
-                vars(packing_of(data, is_chat=member.is_chat, is_stream=isinstance(member.train, Text)))
+                vars(packing_of(data, kind=member.kind, is_stream=isinstance(member.train, Text)))
                 for member in dataset.members
             ],
             "shuffle_window": data.shuffle_window if feed.is_stream else None,

@@ -11,7 +11,7 @@ from .step import on_device
 
 @torch.no_grad()
 def evaluate(job: Job) -> dict[str, float]:
-    """`validation_loss`, in nats per token (or pair), and the means beside it, over --validation_batches of each rank."""
+    """`validation_loss`, in nats per token (or pair), and the means beside it, over --validation_batches a rank."""
     device = job.world.device
     names = ("loss", *job.module.statistics)
     sums = torch.zeros(len(names), device=device)

@@ -17,9 +17,12 @@ from .rehearse import rehearse
 from .replan import first_course, lay_course
 from .restore import Start, restore
 from .setup import Job
-from .state import Progress, advance, judged
+from .state import Outcome, Progress, advance, judged
 from .step import train_step
 from .stop import SaveWish, StopSignals, stop_reason
+from .texts import WrittenText, write_texts
+
+KeepTexts = Callable[[int, Sequence[WrittenText]], None]
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,6 @@ class Schedule:
     save_minutes: float | None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    reason: str
-    progress: Progress
-
-
 def run(
     job: Job,
     start: Start,
@@ -46,21 +41,16 @@ def run(
     *,
     eval_only: bool,
     open_sinks: Callable[[int, int], Sequence[Sink]],
+    keep_texts: KeepTexts,
     event: Callable[..., None],
 ) -> Outcome:
     """Train until something says stop; every rank returns the same outcome (but for its own seconds)."""
-
-    def validate() -> float:
-        found = evaluate(job)
-        for sink in sinks:
-            sink.write(progress.step, {**found, "tokens": progress.tokens})
-        return found["validation_loss"]
 
     progress = restore(job, start)
     sinks, pace = open_sinks(progress.step, job.last_step(progress)), Pace(job.forecast)
     event("started", step=progress.step, world_size=job.world.size, **job.data_position(progress))
     if eval_only:
-        progress = judged(progress, validate(), min_gain=job.limits.min_gain)
+        progress = validate(job, progress, sinks, keep_texts)
         close(sinks)
         return Outcome("eval_only", progress)
     rehearse(job)
@@ -91,7 +81,7 @@ def run(
                     sink.write(progress.step, step_record(job, progress, report, pace))
             # Before the save: a run that goes on from it finds all that belongs to its steps written.
             if is_due(progress.step, schedule.validation, last_step):
-                progress = judged(progress, validate(), min_gain=job.limits.min_gain)
+                progress = validate(job, progress, sinks, keep_texts)
             due = job.checkpoints.due(
                 progress.step, busy, asked=save_asked, best_step=progress.best_step, step_seconds=report.seconds
             )
@@ -107,3 +97,12 @@ def run(
     event("stopped", step=progress.step, reason=reason)
     close(sinks)
     return Outcome(reason, progress)
+
+
+def validate(job: Job, progress: Progress, sinks: Sequence[Sink], keep_texts: KeepTexts) -> Progress:
+    """`progress` judged by its loss, which `sinks` are told with what stands beside it; and what the model writes."""
+    found = evaluate(job)
+    for sink in sinks:
+        sink.write(progress.step, {**found, "tokens": progress.tokens})
+    keep_texts(progress.step, write_texts(job))
+    return judged(progress, found["validation_loss"], min_gain=job.limits.min_gain)

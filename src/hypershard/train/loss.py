@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
         (train/attention.py); else it is empty.
         """
         hidden, weight = self.hidden(input_ids, position_ids, segments)
-        return summed_cross_entropy(hidden, weight, labels.flatten()).unsqueeze(0)
+        return torch.stack([summed_cross_entropy(hidden, weight, labels.flatten())])  # no view: FSDP2 warns of these
 
     @staticmethod
     def num_terms(batch: Batch) -> int:
@@ -65,6 +65,19 @@ class LanguageModel(nn.Module):
         hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False, **segments).last_hidden_state
         weight: torch.Tensor = head.weight  # type: ignore[assignment]
         return hidden.flatten(0, 1), weight
+
+    def next_tokens(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        places: torch.Tensor,
+        num_ids: int,
+    ) -> torch.Tensor:
+        """The likeliest token, of ids below `num_ids`, to follow that at `places` [B] in each row; int64 [B]."""
+        hidden, weight = self.hidden(input_ids, position_ids, segments)
+        row_starts = torch.arange(len(places), device=places.device) * input_ids.shape[1]
+        return F.linear(hidden[row_starts + places], weight[:num_ids]).float().argmax(dim=1)
 
 
 def summed_cross_entropy(

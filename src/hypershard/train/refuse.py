@@ -47,6 +47,20 @@ def refuse_other_tokenizer(config: Config, dataset: Dataset, origin: Origin | No
         )
 
 
+def refuse_other_kind(config: Config, dataset: Dataset) -> None:
+    """Raises ConfigError where preferences are to be learnt from other data, or other things from pairs of answers."""
+    if dataset.is_preference and config.learning.objective != "dpo":
+        raise ConfigError(
+            f"--dataset={config.data.dataset} holds preferences, pairs of a chosen and a rejected answer; give "
+            f"--objective=dpo to learn them"
+        )
+    if config.learning.objective == "dpo" and not dataset.is_preference:
+        raise ConfigError(
+            f"--objective=dpo learns from rows with `chosen` and `rejected`, and --dataset={config.data.dataset} "
+            f"holds none; give another --dataset"
+        )
+
+
 def refuse_missing_bf16(config: Config, device: torch.device) -> None:
     """Raises ConfigError for bfloat16 on a GPU that only emulates it."""
     if config.parallel.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

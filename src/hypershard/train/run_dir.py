@@ -4,6 +4,7 @@ config.yaml        the whole resolved configuration; `hypershard train --config`
 code.txt           commit and uncommitted changes of the code that ran
 environment.json   versions, hosts and devices
 metrics.jsonl      one line per logged step, and one per validation
+texts.jsonl        what the model wrote at each validation, with --validation_texts
 plan.json          what was planned: memory, seconds, dollars; as `hypershard plan --json`
 actual.json        what it really took, beside the plan, once the run has ended
 events.jsonl       started, saved, stopped, failed, alarm: with the time; job scripts add launched and preempted
@@ -14,6 +15,7 @@ checkpoints/       step-XXXXXXXX/ with a MANIFEST.json written last
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import platform
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoint.hf_folder import TOKENIZER_FILES
@@ -30,11 +32,17 @@ from ..config.schema import Config, ReportConfig
 from ..config.sources import to_yaml
 from ..distributed.env import Ranks
 from ..errors import ConfigError
+from ..log import logger
 from ..metrics.display import Display
 from ..metrics.sinks import JsonLines, Sink, TensorBoard, drop_after
 from ..storage import local_path, make_directory, write_bytes, write_json
+from ..units import quoted
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+if TYPE_CHECKING:
+    from .texts import WrittenText
+
+METRICS, TEXTS, EVENTS = "metrics.jsonl", "texts.jsonl", "events.jsonl"
+_PROMPT_SHOWN, _TEXT_SHOWN = 50, 80  # characters of a prompt's end and a text's beginning: two lines of a terminal
 
 
 def choose_run_dir(report: ReportConfig, *, model_name: str) -> Path:
@@ -137,6 +145,7 @@ def sinks_opener(
             return ()
         if not eval_only:
             drop_after(run_dir / METRICS, step)
+            drop_after(run_dir / TEXTS, step)
         sinks: list[Sink] = [JsonLines(run_dir / METRICS), Display(last_step=last_step, first_step=step)]
         if report.tensorboard_dir != "none":
             directory = report.tensorboard_dir or str(run_dir / "tensorboard")
@@ -146,6 +155,22 @@ def sinks_opener(
         return [*sinks, *more]
 
     return open_sinks
+
+
+def text_keeper(run_dir: Path) -> Callable[[int, Sequence[WrittenText]], None]:
+    """A function `keep_texts(step, texts)` that appends to texts.jsonl and shows the first; without texts, nothing."""
+
+    def keep_texts(step: int, texts: Sequence[WrittenText]) -> None:
+        if not texts:
+            return
+        lines = JsonLines(run_dir / TEXTS)
+        for text in texts:
+            lines.write(step, dataclasses.asdict(text))
+        lines.close()
+        prompt = quoted(texts[0].prompt, most=_PROMPT_SHOWN, at_start=True)
+        logger.info(f"step {step}: the model goes on from {prompt} with {quoted(texts[0].text, most=_TEXT_SHOWN)}")
+
+    return keep_texts
 
 
 def event_writer(run_dir: Path, *, is_main: bool) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..adapters.lora import add_adapters
 from ..adapters.nf4 import fuse_dequantisation
@@ -37,7 +38,8 @@ from .data import TrainingData, build_data, open_data
 from .init_from import open_origin, tokenizer_of_run
 from .loss import LanguageModel
 from .preference import PreferenceModel
-from .refuse import refuse_missing_bf16, refuse_other_tokenizer
+from .prompts import Prompts, choose_prompts
+from .refuse import refuse_missing_bf16, refuse_other_kind, refuse_other_tokenizer
 from .state import Progress, checkpoint_tensors
 from .stop import Limits
 from .tiers import build_checkpoints
@@ -64,6 +66,7 @@ class Job:
     data: TrainingData
     batch_sizes: tuple[int, int]  # sequences per rank in training, in validation
     document_mask: bool
+    prompts: Prompts | None  # what texts go on from at each validation; None: none are written
     tokenizer_path: Path | None
     eos_token_id: int | None
     accumulation: int
@@ -129,6 +132,7 @@ def build_job(
     refuse_missing_bf16(config, world.device)
     origin = open_origin(config, world)
     dataset = open_data(config, world, origin)
+    refuse_other_kind(config, dataset)
     refuse_other_tokenizer(config, dataset, origin)
     model = _complete_model(config.model, dataset)
     family = family_of(model.model_type)
@@ -137,6 +141,8 @@ def build_job(
     batch_sizes = (config.data.train_batch_size, config.data.val_batch_size or config.data.train_batch_size)
     context = model.max_context_width
     data = build_data(config, dataset, world, context_tokens=context, accumulation=accumulation)
+    tokenizer_path, is_main = tokenizer_of_run(config, dataset, origin), world.ranks.is_main
+    prompts = choose_prompts(config, dataset, tokenizer_path=tokenizer_path, context_tokens=context, is_main=is_main)
     limits = _limits(config, data.samples_per_epoch, samples_per_step, ends_at=surroundings.ends_at)
     forecast = foresee(model, limits.last_step)
 
@@ -172,7 +178,8 @@ def build_job(
         data=data,
         batch_sizes=batch_sizes,
         document_mask=config.data.document_mask,
-        tokenizer_path=tokenizer_of_run(config, dataset, origin),
+        prompts=prompts,
+        tokenizer_path=tokenizer_path,
         eos_token_id=dataset.eos_token_id,
         accumulation=accumulation,
         samples_per_step=samples_per_step,
@@ -258,6 +265,7 @@ def build_module(
         low_rank=adapters.lora_r,
         is_product=is_product,
     )
+    register_fsdp_forward_method(module, "next_tokens")  # the root's weights are gathered for it as for a forward
     return module.train(), sharded
 
 

@@ -61,6 +61,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    reason: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did; the same on every rank but for `seconds` and what is counted of data.
 
