@@ -50,6 +50,9 @@ bench-gpu: ## speed and memory of 1B, 3B and 8B shapes on one GPU; OUTPUT=dir fo
 bench-cpu: $(INSTALLED) ## a small Llama on 2 ranks against Hugging Face Trainer with FSDP2
 	$(BIN)/python benchmarks/cpu_train.py
 
+bench-fine-tune: ## LoRA and QLoRA on one GPU (or a small model on a CPU) against Hugging Face Trainer with PEFT, taking turns
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/fine_tune.py $(if $(OUTPUT),--output $(OUTPUT))
+
 bench-data: $(INSTALLED) ## prepare and loaders against Hugging Face datasets and torch's DataLoader
 	$(BIN)/python benchmarks/data.py $(if $(OUTPUT),--output $(OUTPUT))
 
@@ -66,10 +69,10 @@ chaos: $(INSTALLED) ## break a training 200 times (FAULTS=n) on two nodes of nam
 HYPERSHARD ?= $(if $(wildcard $(BIN)/hypershard),$(BIN)/hypershard,PYTHONPATH=src $(PYTHON) -m hypershard.cli.main)
 LAUNCH ?= $(if $(shell command -v sbatch 2>/dev/null),slurm)
 
-%-train: ## p5-train, g6e-train, ...: MODEL=name NODES=n; DRY_RUN=1 prints it; LAUNCH=sagemaker; FLAGS="of training"
-	@test -n '$(MODEL)' || { echo 'make $@: set MODEL, as in: make $@ MODEL=llama3_8b NODES=4' >&2; exit 2; }
+%-train: ## p5-train, g6e-train, ...: MODEL=name or RECIPE=name, NODES=n; DRY_RUN=1 prints it; LAUNCH=sagemaker; FLAGS="of training"
+	@test -n '$(MODEL)$(RECIPE)' || { echo 'make $@: set MODEL, as in: make $@ MODEL=llama3_8b NODES=4; or RECIPE, a file of recipes/' >&2; exit 2; }
 	@test -n '$(LAUNCH)' || { echo 'make $@: no sbatch here; set LAUNCH=sagemaker or kubernetes (or slurm, with DRY_RUN=1)' >&2; exit 2; }
-	@$(HYPERSHARD) launch $(LAUNCH) --model '$(MODEL)' --instance '$*' $(if $(NODES),--nodes '$(NODES)') $(if $(filter-out 0,$(DRY_RUN)),--dry_run) $(FLAGS)
+	@$(HYPERSHARD) launch $(LAUNCH) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config 'recipes/$(RECIPE:.yaml=).yaml') --instance '$*' $(if $(NODES),--nodes '$(NODES)') $(if $(filter-out 0,$(DRY_RUN)),--dry_run) $(FLAGS)
 
 doctor: ## what this machine or cluster is, what is missing, and how to mend it
 	@$(HYPERSHARD) doctor

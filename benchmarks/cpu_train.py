@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
+from embedded_tokens import write_embedded_tokens
 from results_file import save
 
 HERE = Path(__file__).parent
@@ -88,19 +88,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
-    from hypershard.config.schema import DataConfig
-    from hypershard.data.open import open_dataset
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         count = arguments.steps * CONTEXT * BATCH_SIZE * RANKS
-        source = open_dataset(DataConfig()).members[0].train
-        ids = np.resize(source.read(0, min(count, source.num_tokens)), count)
-        ids.astype(np.uint16).tofile(folder / "tokens.bin")
+        tokens = write_embedded_tokens(folder / "tokens.bin", count)
         rounds = []
         for number in range(arguments.rounds):
             mine = ours(folder / f"ours{number}", arguments.steps)
-            theirs = peer(folder / f"peer{number}", arguments.steps, folder / "tokens.bin")
+            theirs = peer(folder / f"peer{number}", arguments.steps, tokens)
             rounds.append({"hypershard": mine, "hf_trainer_fsdp2": theirs, "ratio": mine / theirs})
             print(
                 f"round {number + 1}: hypershard {mine:,.0f} tokens/s, Trainer {theirs:,.0f}, ratio {mine / theirs:.3f}"

@@ -27,7 +27,7 @@ from hypershard.launch.sagemaker import RUN_DIR, SYNCED_RUN_DIR, Options, Submis
 def training_job(
     *,
     instance: str,
-    model: str,
+    model: str | None = None,
     flags: Sequence[str] = (),
     nodes: int,
     hours: float,
@@ -37,7 +37,8 @@ def training_job(
     environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Submission:
-    """The request of a job on `nodes` machines. `flags`: of `hypershard train`; `options`: fields of Options.
+    """The request of a job on `nodes` machines. `flags`: of `hypershard train`; `options`: fields of Options. `model`
+    None: that of the run file in `flags`, as in `--config=recipes/llama4_scout_chat_qlora.yaml`.
 
     Raises ConfigError for what SageMaker would refuse.
     """

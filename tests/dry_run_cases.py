@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -21,6 +22,7 @@ from hypershard.parallel.apply import apply
 from hypershard.parallel.fsdp import ShardedModule
 from hypershard.plan.job import Job
 from hypershard.train import setup
+from hypershard.train.loss import LanguageModel
 from tests.plan_jobs import job_of
 
 ONE_B = {"max_context_width": 2048, "activation_checkpointing": "full", "document_mask": False}
@@ -36,10 +38,24 @@ REPEATED: dict[str, dict[str, Any]] = {
     "tiny_gpt2": {"num_layers": 7, "sharding_strategy": "hybrid", "offload_activations": True},
     "tiny_llama4": {"num_layers": 25, "attention_chunk_size": 16, "sharding_strategy": "zero1"},
 }
+# The same with adapters beside frozen weights, the embedding among them.
+LORA = {"lora_r": 16}
+REPEATED_LORA: dict[str, dict[str, Any]] = {
+    "tiny_llama2": {**LORA, "num_layers": 9, "activation_checkpointing": "full", "gradient_accumulation_steps": 3},
+    "tiny_mixtral": {**LORA, "num_layers": 7, "activation_checkpointing": "selective", "sharding_strategy": "zero2"},
+}
+# Published models with adapters, on eight H100s.
+LARGE_LORA: dict[str, dict[str, Any]] = {
+    "llama3_1_8b": {**LORA, "max_context_width": 8192, "activation_checkpointing": "full"},
+    "llama3_2_1b": {**LORA, "max_context_width": 2048, "activation_checkpointing": "full", "sharding_strategy": "none"},
+}
 
 
 class WholeLogits(nn.Module):
     """The model under transformers' own loss, which holds the logits of all tokens."""
+
+    statistics = ()
+    num_terms = staticmethod(LanguageModel.num_terms)
 
     def __init__(self, hf_model: nn.Module) -> None:
         super().__init__()
@@ -47,7 +63,7 @@ class WholeLogits(nn.Module):
 
     def forward(self, input_ids: Any, labels: Any, position_ids: Any, segments: Any) -> Any:
         inputs = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, **segments}
-        return self.hf_model(**inputs, use_cache=False).loss
+        return torch.stack([self.hf_model(**inputs, use_cache=False).loss])
 
 
 def with_whole_logits(
@@ -65,7 +81,7 @@ def question_of(job: Job) -> Question:
     if dist.is_initialized():
         dist.destroy_process_group()  # each case has a world of its own
     return Question(
-        config=setup.Config(model=job.model, data=job.data, parallel=job.parallel),
+        config=setup.Config(model=job.model, data=job.data, parallel=job.parallel, adapters=job.adapters),
         num_gpus=job.num_gpus,
         gpus_per_node=job.instance.num_gpus,
         accumulation=job.accumulation,
@@ -120,6 +136,12 @@ def cases() -> dict[str, Callable[[], Any]]:
         found[f"start/{strategy}"] = lambda strategy=strategy: at_start(sharding_strategy=strategy)
     for model, flags in REPEATED.items():
         found[model] = lambda model=model, flags=flags: both_ways(model, **flags)
+    for model, flags in REPEATED_LORA.items():
+        found[f"lora/{model}"] = lambda model=model, flags=flags: both_ways(model, **flags)
+    for model, flags in LARGE_LORA.items():
+        found[f"lora/{model}"] = lambda model=model, flags=flags: numbers(
+            events_of(question_of(job_of(model, **flags)))
+        )
     return found
 
 

@@ -11,7 +11,7 @@ from tests.models.tiny_models import tiny_model
 
 from hypershard.adapters.lora import add_adapters, bit_sum
 from hypershard.adapters.merge import merge_box
-from hypershard.adapters.peft_format import load_peft, save_peft
+from hypershard.adapters.peft_format import PeftAdapter, load_peft, open_peft, save_peft
 from hypershard.adapters.targets import Target, adapter_specs, adapter_targets, scale_of
 from hypershard.config.checks import check
 from hypershard.config.schema import AdapterConfig, CheckpointConfig, Config, ModelConfig, TrainConfig
@@ -55,6 +55,10 @@ def tensors_of(hf_model: Any) -> dict[str, torch.Tensor]:
     return {name: one.detach().clone() for name, one in hf_model.named_parameters() if "lora_" in name}
 
 
+def opened(folder: Path) -> PeftAdapter:
+    return open_peft(str(folder), flag="--lora_init_from")
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("lora_targets", ["all-linear", "some"])
 def test_peft_computes_the_same_with_what_was_saved_and_its_own_is_read(
@@ -67,7 +71,7 @@ def test_peft_computes_the_same_with_what_was_saved_and_its_own_is_read(
     adapters = AdapterConfig(lora_r=8, lora_alpha=12, lora_targets=names, lora_rslora=names != "all-linear")
     model = tiny_model(model_type)
     ours, targets = adapted(model, adapters, seed=1)
-    save_peft(tmp_path, tensors_of(ours), targets, adapters=adapters, base="somewhere")
+    save_peft(tmp_path, tensors_of(ours), targets, adapters=adapters, base="somewhere", training={})
     theirs = PeftModel.from_pretrained(plain(ours, model), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(theirs.get_base_model()), logits(plain(ours, model)), atol=1e-3)
@@ -78,7 +82,7 @@ def test_peft_computes_the_same_with_what_was_saved_and_its_own_is_read(
         if "lora_" in name:
             parameter.data.normal_(0.0, 0.1)
     theirs.save_pretrained(tmp_path / "theirs")
-    load_peft(tmp_path / "theirs", adapters, targets, dict(ours.named_parameters()))
+    load_peft(opened(tmp_path / "theirs"), adapters, targets, dict(ours.named_parameters()))
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
@@ -176,17 +180,17 @@ def test_settings_that_cannot_act_are_refused(config: Config, named: str) -> Non
 def test_other_adapters_in_a_folder_are_refused(tmp_path: Path) -> None:
     adapters, model = AdapterConfig(lora_r=8), tiny_model("llama_v2")
     ours, targets = adapted(model, adapters, seed=1)
-    save_peft(tmp_path, tensors_of(ours), targets, adapters=adapters, base=None)
+    save_peft(tmp_path, tensors_of(ours), targets, adapters=adapters, base=None, training={})
     parameters = dict(ours.named_parameters())
     with pytest.raises(ConfigError, match="--lora_alpha=16"):
-        load_peft(tmp_path, dataclasses.replace(adapters, lora_alpha=8), targets, parameters)
+        load_peft(opened(tmp_path), dataclasses.replace(adapters, lora_alpha=8), targets, parameters)
     fewer = dataclasses.replace(adapters, lora_targets="q_proj")
     with pytest.raises(CheckpointError, match=r"lora_A.weight: found in the folder"):
-        load_peft(tmp_path, fewer, adapter_targets(model, fewer), parameters)
+        load_peft(opened(tmp_path), fewer, adapter_targets(model, fewer), parameters)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(ConfigError, match="use_dora"):
-        load_peft(tmp_path, adapters, targets, parameters)
+        load_peft(opened(tmp_path), adapters, targets, parameters)
 
 
 def test_bit_sums_see_any_change_and_no_precision() -> None:

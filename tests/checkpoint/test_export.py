@@ -110,7 +110,19 @@ def test_names_and_values_are_those_of_save_pretrained(name: str, tmp_path: Path
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
+# A chat model ends its turns with another token than its texts; and what no model may say, or not with such a value.
+GENERATION = {
+    "eos_token_id": [3, 1, 10**9],
+    "bos_token_id": 2,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": "high",
+    "custom_generate": "org/code",
+    "transformers_version": "4.1",
+}
+
+
+def test_tokenizer_chat_template_and_generation_settings_come_along(tmp_path: Path) -> None:
     model = run_of("llama", tmp_path)
     folder = tmp_path / "tokenizer"
     write_tokenizer(folder)
@@ -119,7 +131,14 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16 and loaded.config.architectures == ["LlamaForCausalLM"]
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.bfloat16())
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id, loaded.config.pad_token_id) == (None, 1, 4)
-    assert (loaded.generation_config.eos_token_id, loaded.generation_config.pad_token_id) == (1, 4)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    expected = {"bos_token_id": 2, "eos_token_id": [1, 3], "pad_token_id": 4, "do_sample": True, "temperature": 0.6}
+    assert generation.items() >= expected.items() and not generation.keys() & {"top_p", "custom_generate"}
+    assert loaded.generation_config.eos_token_id == [1, 3]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3, "do_sample": false, "temperature": 0.6}')
+    export(tmp_path, tmp_path / "greedy")  # whose temperature contradicts it: transformers would not save that
+    generation = json.loads((tmp_path / "greedy" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, 3] and "temperature" not in generation
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("a b")["input_ids"] == [2, 3] and tokenizer.eos_token == "<eos>"
     assert tokenizer.chat_template == "{{ messages }}"
@@ -141,6 +160,7 @@ def write_tokenizer(folder: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -259,7 +279,7 @@ def start(world: World, more: str, flags: str, cache_dir: Path, environment: dic
     with a_job(world, f"{flags} {more}", cache_dir) as job:
         loss = train_step(job, Progress(), flags=tuple).loss
         kept = belongings(config_of(flags, cache_dir=cache_dir), job.tokenizer_path)
-        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
         return loss, *(kept[f"tokenizer/{name}"] for name in names)
 
 

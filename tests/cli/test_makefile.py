@@ -35,6 +35,12 @@ def test_every_family_has_its_target(family: str) -> None:
     assert "2e-4" in done.stdout
 
 
+def test_a_recipe_goes_in_place_of_a_model() -> None:
+    done = make("p4d-train", "LAUNCH=slurm", "RECIPE=deepseek_r1_qwen_32b_qlora", "DRY_RUN=1")
+    assert done.returncode == 0, done.stderr
+    assert "    recipes/deepseek_r1_qwen_32b_qlora.yaml\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.dry_run_cases import REPEATED, SHALLOW, STRATEGIES
+from tests.dry_run_cases import LARGE_LORA, REPEATED, REPEATED_LORA, SHALLOW, STRATEGIES
 from tests.plan_jobs import job_of
 
+from hypershard.plan import bytes as memory
 from hypershard.plan.job import sizes_of
 
 pytestmark = pytest.mark.slow
@@ -74,9 +75,17 @@ def test_weights_and_moments_are_the_shards_of_the_closed_form(traced: dict[str,
     assert traced[f"start/{strategy}"]["optimizer"] == 8 * shard + 4 * num_tensors  # and AdamW's counts of steps
 
 
-@pytest.mark.parametrize("model", REPEATED)
+@pytest.mark.parametrize("model", [*REPEATED, *(f"lora/{name}" for name in REPEATED_LORA)])
 def test_layers_repeated_are_layers_traced(traced: dict[str, Any], model: str) -> None:
     """To the byte: what is in use and for what, each stream's most, and what the allocator reserves."""
     repeated, whole = traced[model]
     assert repeated == whole
     assert {window["name"] for window in whole["windows"]} >= {"forward", "loss", "backward"}
+
+
+@pytest.mark.parametrize("model", LARGE_LORA)
+def test_the_closed_form_of_adapters_is_near_the_trace(traced: dict[str, Any], model: str) -> None:
+    """As near as that of whole models is (benchmarks/plan_grid.py)."""
+    job = job_of(model, **LARGE_LORA[model])
+    closed = memory.gpu_fit(job, memory.gpu_moments(job)).needed_bytes
+    assert closed == pytest.approx(traced[f"lora/{model}"]["reserved"] + memory.OUTSIDE_BYTES, rel=0.12)

@@ -90,7 +90,7 @@ def test_a_login_node_needs_no_torch() -> None:
     [
         ({"name": "mine"}, "mine"),
         ({"train_flags": ["--run_name=My run (2)"]}, "My-run-2-p5-x4"),
-        ({"train_flags": ["--config=s3://bucket/run.yaml"], "model_name": None}, "train-p5-x4"),
+        ({"train_flags": ["--config=s3://bucket/my_run.yaml"], "model_name": None}, "my-run-p5-x4"),
     ],
 )
 def test_where_a_name_comes_from(changes: dict[str, Any], name: str) -> None:

@@ -162,6 +162,14 @@ def test_a_channel_beside_the_flag_that_it_becomes_is_refused() -> None:
         submission("--dataset=s3://other/bins", options={"channels": channels})
 
 
+def test_a_channel_goes_before_a_run_file_as_its_flag_does(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("init_from: org/model\n")
+    submission(f"--config={path}", options={"channels": {"model": "s3://bucket/weights"}})
+    with pytest.raises(ConfigError, match="found another --config"):
+        submission(f"--config={path}", options={"channels": {"config": "s3://bucket/run"}})
+
+
 def test_checkpoints_must_outlive_the_hosts() -> None:
     own = submission("--s3_tier_base_path=s3://other/place")
     assert settings(own)["s3_tier_base_path"] == "s3://other/place"

@@ -65,6 +65,10 @@ def test_a_process_that_fails_is_quoted() -> None:
 def test_what_has_no_trace_is_refused() -> None:
     with pytest.raises(CannotTrace, match="--compile=1"):
         traced_memory(tiny(compile=True), cache_dir=None)
+    with pytest.raises(CannotTrace, match="nf4"):
+        traced_memory(tiny(lora_r=8, bnb_quant_type="nf4"), cache_dir=None)
+    with pytest.raises(CannotTrace, match="--objective=dpo"):
+        traced_memory(tiny(lora_r=8, objective="dpo"), cache_dir=None)
     machine = this_machine(instance_type="", gpu_name=None, gpu_memory_mib=None, num_ranks=1)
     with pytest.raises(CannotTrace, match="no GPU"):
         traced_memory(dataclasses.replace(tiny(), instance=machine), cache_dir=None)

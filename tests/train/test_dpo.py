@@ -33,7 +33,10 @@ WORDS = ("anchor", "basalt", "candle", "dahlia", "ember", "fjord", "garnet", "ha
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions whose chosen answer names a colour and whose rejected one a number, of different lengths."""
-    file = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    return write_pairs(tmp_path_factory.mktemp("preferences") / "pairs.jsonl")
+
+
+def write_pairs(file: Path) -> Path:
     rows = [
         {
             "prompt": f"What of the {one} and the {other}?",

@@ -13,6 +13,7 @@ its inputs. Adapters of one module's tensors are nested: all but the last of the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,11 @@ import torch
 
 from ..config.schema import AdapterConfig
 from ..distributed.mesh import local_part
-from ..errors import CheckpointError, ConfigError
-from ..storage import readable_errors, write_json
-from .targets import Target
+from ..errors import CheckpointError, ConfigError, DataError
+from ..models.base import Matrix
+from ..remote_files import open_file
+from ..storage import local_path, readable_errors, write_json
+from .targets import Target, target_of
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _AFTER_LAYER = re.compile(r"\.(?:layers|h)\.\d+\.(.+)$")
@@ -41,6 +44,82 @@ _UNSUPPORTED = (
     "layer_replication",
 )
 _NAMES_SHOWN = 3
+# In the head of the weights' file, which others leave alone: what hypershard knows of the training.
+_TRAINING = "hypershard"
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """What a folder in PEFT's format holds: its settings, and its matrices by PEFT's names, on the host.
+
+    `training`: what hypershard's own export says of the training, {} in others'; `digest` tells it from any other.
+    """
+
+    location: str
+    config: Mapping[str, Any]
+    stored: Mapping[str, torch.Tensor]
+    training: Mapping[str, Any]
+    digest: str
+    size_bytes: int
+
+    @property
+    def settings(self) -> AdapterConfig:
+        """Rank, alpha and scaling, and how the base was held. Raises ConfigError where something else is set."""
+        _check_kind(self.location, self.config)
+        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ConfigError(f"{self.location}: its {_CONFIG} has r {rank!r} and lora_alpha {alpha!r}, no numbers")
+        held = {name: self.training[name] for name in ("bnb_quant_type", "bnb_double_quant") if name in self.training}
+        return AdapterConfig(lora_r=rank, lora_alpha=alpha, lora_rslora=bool(self.config.get("use_rslora")), **held)
+
+    def targets(self, matrices: Sequence[Matrix]) -> list[Target]:
+        """Those of a model's `matrices` that have adapters here; what fits none is met when they are read."""
+        rank = self.settings.lora_r
+        parameters = self.config.get("target_parameters") or ()
+        keys = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in self.stored}
+        found = []
+        for matrix in matrices:
+            if matrix.num_experts is None:
+                is_here = matrix.name in keys
+            else:
+                is_here = any(f".{matrix.name}".endswith(f".{name}") for name in parameters)
+            if is_here:
+                found.append(target_of(matrix, rank))
+        return found
+
+
+def open_peft(location: str, *, flag: str) -> PeftAdapter:
+    """Read the adapter in the folder, or below the s3:// prefix, that `flag` names; whole, for adapters are small.
+
+    Raises CheckpointError when there is none, StorageError when a bucket does not answer.
+    """
+    from safetensors.torch import load
+
+    folder = location.rstrip("/") if location.startswith("s3://") else str(local_path(location, flag=flag))
+    content = {}
+    try:
+        for name in (_CONFIG, _WEIGHTS):
+            with open_file(f"{folder}/{name}") as file:
+                content[name] = file.read()
+        config, stored = json.loads(content[_CONFIG]), load(content[_WEIGHTS])
+        head = json.loads(content[_WEIGHTS][8 : 8 + int.from_bytes(content[_WEIGHTS][:8], "little")])
+        training = json.loads(head.get("__metadata__", {}).get(_TRAINING, "{}"))
+        if not isinstance(config, dict) or not isinstance(training, dict):
+            raise ValueError(f"found {type(config).__name__} and {type(training).__name__}, expected objects")
+    except (OSError, ValueError, TypeError, DataError, _safetensors_error()) as error:
+        raise CheckpointError(
+            f"{flag}={location} cannot be read as an adapter in PEFT's format: {type(error).__name__}: {error}; "
+            f"expected a folder with {_CONFIG} and {_WEIGHTS}"
+        ) from error
+    digest = hashlib.sha256(content[_CONFIG] + content[_WEIGHTS]).hexdigest()
+    return PeftAdapter(location, config, stored, training, digest, sum(map(len, content.values())))
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    error: type[Exception] = SafetensorError
+    return error
 
 
 @dataclass(frozen=True)
@@ -102,10 +181,11 @@ def save_peft(
     *,
     adapters: AdapterConfig,
     base: str | None,
+    training: Mapping[str, Any],
 ) -> None:
     """Write the adapters (by our names, whole) into `folder`, which exists. `base`: the model's folder or hub name.
 
-    Raises StorageError.
+    `training` is what else is known, as JSON holds it. Raises StorageError.
     """
     from safetensors.torch import save_file
 
@@ -116,7 +196,7 @@ def save_peft(
         stored |= {one.key_a: a.clone(memory_format=torch.contiguous_format)}
         stored |= {one.key_b: b.clone(memory_format=torch.contiguous_format)}
     with readable_errors(folder / _WEIGHTS, "writing"):
-        save_file(stored, folder / _WEIGHTS, metadata={"format": "pt"})
+        save_file(stored, folder / _WEIGHTS, metadata={"format": "pt", _TRAINING: json.dumps(training)})
     write_json(folder / _CONFIG, _config(targets, adapters, base))
 
 
@@ -150,23 +230,9 @@ def _config(targets: Sequence[Target], adapters: AdapterConfig, base: str | None
     }
 
 
-def read_peft(folder: Path, adapters: AdapterConfig, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
-    """The adapters in `folder` by our names, float32, on the host.
-
-    Raises ConfigError where its settings are not those of `adapters`, CheckpointError where its matrices are not those
-    of `targets`.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        stored = load_file(folder / _WEIGHTS)
-    except Exception as error:  # safetensors has errors of its own
-        raise CheckpointError(
-            f"{folder} cannot be read as an adapter in PEFT's format: {type(error).__name__}: {error}; expected a "
-            f"folder with {_CONFIG} and {_WEIGHTS}"
-        ) from error
-    _check_config(folder, config, adapters)
+def matrices_of(adapter: PeftAdapter, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
+    """The adapter's matrices by our names, float32. Raises CheckpointError where they are not those of `targets`."""
+    stored = dict(adapter.stored)
     found: dict[str, torch.Tensor] = {}
     wrong = []
     for one in _stored(targets):
@@ -183,29 +249,34 @@ def read_peft(folder: Path, adapters: AdapterConfig, targets: Sequence[Target]) 
     if wrong:
         more = f"; and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
         raise CheckpointError(
-            f"{folder} holds other adapters: {'; '.join(wrong[:_NAMES_SHOWN])}{more}. Give --lora_targets and --lora_r "
-            f"as in its {_CONFIG}"
+            f"{adapter.location} holds other adapters: {'; '.join(wrong[:_NAMES_SHOWN])}{more}. The model, "
+            f"--lora_targets and --lora_r must be as in its {_CONFIG}"
         )
     return found
 
 
-def _check_config(folder: Path, config: Mapping[str, Any], adapters: AdapterConfig) -> None:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder}: its {_CONFIG} describes no LoRA adapter (peft_type LORA)")
+def _check_kind(location: str, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{location}: its {_CONFIG} describes no LoRA adapter (peft_type LORA)")
     if used := [name for name in _UNSUPPORTED if config.get(name, "none") not in (None, "none", False, {}, [])]:
-        raise ConfigError(f"{folder}: its {_CONFIG} sets {', '.join(used)}, which is not built")
-    theirs = {"lora_r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    theirs |= {"lora_rslora": config.get("use_rslora", False)}
-    different = [f"--{name}={value}" for name, value in theirs.items() if getattr(adapters, name) != value]
-    if different:
-        raise ConfigError(f"{folder} holds adapters of other settings; give {' '.join(different)}")
+        raise ConfigError(f"{location}: its {_CONFIG} sets {', '.join(used)}, which is not built")
 
 
 @torch.no_grad()
 def load_peft(
-    folder: Path, adapters: AdapterConfig, targets: Sequence[Target], parameters: Mapping[str, torch.Tensor]
+    adapter: PeftAdapter, adapters: AdapterConfig, targets: Sequence[Target], parameters: Mapping[str, torch.Tensor]
 ) -> None:
-    """Fill the adapters among `parameters` (plain or sharded) from `folder`. Raises as `read_peft`."""
-    for name, whole in read_peft(folder, adapters, targets).items():
+    """Fill the adapters among `parameters` (plain or sharded).
+
+    Raises ConfigError where the adapter's settings are not those of `adapters`, and as `matrices_of`.
+    """
+    theirs = adapter.settings
+    names = ("lora_r", "lora_alpha", "lora_rslora")
+    different = [
+        f"--{name}={getattr(theirs, name)}" for name in names if getattr(theirs, name) != getattr(adapters, name)
+    ]
+    if different:
+        raise ConfigError(f"{adapter.location} holds adapters of other settings; give {' '.join(different)}")
+    for name, whole in matrices_of(adapter, targets).items():
         local, starts = local_part(parameters[name])
         local.copy_(whole[tuple(slice(start, start + size) for start, size in zip(starts, local.shape, strict=True))])

@@ -50,7 +50,7 @@ def adapter_targets(model: ModelConfig, adapters: AdapterConfig) -> list[Target]
             f"--lora_r={adapters.lora_r}: experts' products take a multiple of {_GROUPED_MULTIPLE}; give one, or leave "
             f"the experts out, by --lora_targets={','.join(dense)}"
         )
-    return [_target(matrix, adapters.lora_r) for matrix in chosen]
+    return [target_of(matrix, adapters.lora_r) for matrix in chosen]
 
 
 def _names(adapters: AdapterConfig, matrices: list[Matrix]) -> list[str] | None:
@@ -80,7 +80,8 @@ def _is_chosen(matrix: Matrix, names: list[str] | None) -> bool:
     return names is None or any(end in names for end in _ends(matrix.name))
 
 
-def _target(matrix: Matrix, rank: int) -> Target:
+def target_of(matrix: Matrix, rank: int) -> Target:
+    """What adapters of `rank` beside a weight are."""
     experts = () if matrix.num_experts is None else (matrix.num_experts,)
     prefix = f"{matrix.name}." if matrix.spec.name != matrix.name else f"{matrix.name}_"
     # PEFT's Kaiming draw with a = sqrt(5): evenly between -1/sqrt(in) and 1/sqrt(in). Weight decay acts on both, as it

@@ -15,9 +15,10 @@ import torch
 
 from ..distributed.mesh import local_part
 from ..errors import CheckpointError
+from ..log import logger
 from ..remote_files import Patience, Ranges, open_ranges
 from .hf_folder import ModelFolder
-from .hf_names import Piece, canonical_names, pieces_in
+from .hf_names import Piece, canonical_names, pieces_in, vision_names
 
 _HEAD = "lm_head.weight"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -96,14 +97,17 @@ def load_hf_weights(
 class HfWeights:
     """The tensors of a model, by our names, as they lie in a model folder.
 
-    `shapes` are those of the whole model. A stored `lm_head.weight` is ignored where ours is tied. Raises
-    CheckpointError naming what is missing, extra, mis-shaped or quantised.
+    `shapes` are those of the whole model. A stored `lm_head.weight` is ignored where ours is tied; of a model with
+    vision the text model is read, and the log says so. Raises CheckpointError naming what is missing, extra, mis-shaped
+    or quantised.
     """
 
     def __init__(self, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]):
         self._folder = folder
         self._sources = canonical_names(folder.tensors, shapes)
         self._check_same_model(shapes)
+        if unused := vision_names(folder.tensors):
+            logger.info(f"{folder.location} sees: its text model is taken, {len(unused)} vision tensors are not used")
 
     def _check_same_model(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         wrong, known = [], {_HEAD}

@@ -24,12 +24,14 @@ from ..storage import local_path, make_directory, write_bytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+# What goes with a model's texts wherever it goes; how it ends a text is told in ids of its tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/tool_use.jinja",
+    GENERATION_CONFIG,
 )
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _LENGTH_BYTES = 8
@@ -100,7 +102,7 @@ def local_copy(folder: ModelFolder, cache_dir: Path) -> Path:
     """
     if not folder.is_remote:
         return local_path(folder.location, flag="--init_from")
-    small = {name: folder.files[name] for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES) if name in folder.files}
+    small = {name: folder.files[name] for name in (CONFIG, *TOKENIZER_FILES) if name in folder.files}
     versions = repr(sorted((file.location, file.size_bytes, file.version) for file in small.values()))
     kept = cache_dir / "weights" / hashlib.sha256(versions.encode()).hexdigest()[:32]
     for name in small:

@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-# Tensors of other parts of the model, and buffers that old versions stored; both are no weights of ours.
-_IGNORED_PREFIXES = ("vision_model.", "multi_modal_projector.")
+# Of a model with vision: its text model, and what that has no use for.
+_TEXT_PREFIX = "language_model."
+_VISION_PREFIXES = ("vision_model.", "multi_modal_projector.")
+# Buffers that old versions stored; no weights of ours.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _BASE_PREFIXES = ("model.", "transformer.")
 
@@ -70,10 +72,22 @@ def pieces_in(name: str, shape: Sequence[int], stored: Collection[str]) -> list[
     return whole(name, shape) if name in stored else published_pieces(name, shape)
 
 
+def vision_names(stored: Collection[str]) -> list[str]:
+    """Of a model with vision the tensors that are not its text model's; none in any other directory."""
+    if not any(name.startswith(_TEXT_PREFIX) for name in stored):
+        return []
+    return [name for name in stored if name.startswith(_VISION_PREFIXES)]
+
+
 def canonical_names(stored: Collection[str], wanted: Collection[str]) -> dict[str, str]:
     """Names as the text model has them -> names in the directory; what is no weight of a text model is left out."""
-    kept = [name for name in stored if not name.startswith(_IGNORED_PREFIXES) and not name.endswith(_IGNORED_SUFFIXES)]
-    canonical = {name.removeprefix("language_model."): name for name in kept}
+    left_out = set(vision_names(stored))
+    canonical = {}
+    for name in stored:
+        if name not in left_out and not name.endswith(_IGNORED_SUFFIXES):
+            short = name.removeprefix(_TEXT_PREFIX)
+            # A weight that is there under both names is told from itself, and refused as one too many.
+            canonical[name if short != name and short in stored else short] = name
     # The original GPT-2 directory was saved from the model without its head: all names lack their first word.
     for prefix in _BASE_PREFIXES:
         if any(name.startswith(prefix) for name in wanted) and not any(name.startswith(prefix) for name in canonical):

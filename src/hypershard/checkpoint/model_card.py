@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,7 +19,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-{model_type} with {parameters} parameters in {dtype}: step {step} of a training with hypershard {version}.
+{model_type} with {parameters} parameters in {dtype}: {origin} with hypershard {version}.
 
 | | |
 |---|---|
@@ -38,31 +38,37 @@ Licence: not stated here. The weights that the training started from and its dat
 
 @dataclass(frozen=True)
 class Training:
-    """What is known of a training up to `step`. `facts` are the checkpoint's; the others lie beside it, {} or [] where
-    they do not.
+    """What is known of a training up to `step`, None where there was none. `facts` are the checkpoint's; the others lie
+    beside it, {} or [] where they do not.
 
     `config`: config.yaml; `environment`: environment.json; `metrics`: lines of metrics.jsonl.
     """
 
-    step: int
+    step: int | None
     facts: Mapping[str, Any]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     metrics: list[dict[str, Any]]
 
 
-def model_card(training: Training, *, name: str, num_parameters: int, dtype: str) -> str:
-    """The card's text. The same for the same checkpoint, however far the run has gone on since."""
+def model_card(
+    training: Training, *, name: str, num_parameters: int, dtype: str, merged: Sequence[tuple[str, float]]
+) -> str:
+    """The card's text. The same for the same checkpoint, however far the run has gone on since.
+
+    `merged`: the adapters that were worked in besides the training's own, and how many times each counts.
+    """
     facts = training.facts
     head = _HEAD.format(
         name=name,
         model_type=facts["model"]["model_type"],
         parameters=format_count(num_parameters),
         dtype=dtype,
-        step=training.step,
+        origin="adapters merged into a model" if training.step is None else f"step {training.step} of a training",
         version=__version__,
     )
     rows = "".join(f"| {label} | {value} |\n" for label, value in _rows(training))
+    rows += "".join(f"| adapter merged in | {_place(location)}, {weight:g} times |\n" for location, weight in merged)
     return head + rows + _TAIL.format(name=name)
 
 
@@ -77,7 +83,7 @@ def _rows(training: Training) -> Iterator[tuple[str, str]]:
     if "samples_per_step" in facts:
         yield "a step", f"{facts['samples_per_step']} sequences of {facts['model']['max_context_width']} tokens"
     for label, key in (("training loss", "loss"), ("validation loss", "validation_loss")):
-        found = [record for record in training.metrics if key in record and record["step"] <= training.step]
+        found = [record for record in training.metrics if key in record and record["step"] <= (training.step or 0)]
         if found:
             yield label, f"{found[-1][key]:.4f} nats per token at step {found[-1]['step']}"
     if "world_size" in environment:

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(argv: Sequence[str]) -> int:
     """Answer until nothing more is asked. Raises CheckpointError, and DataError for a tokenizer without a template."""
     args = build_parser().parse_args(argv)
-    with opened_model(args.run_dir, tokenizer=args.tokenizer) as opened:
+    with opened_model(args) as opened:
         talk = _Talk(opened, args)
         if args.prompt is not None:
             talk.answer(args.prompt)

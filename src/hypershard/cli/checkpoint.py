@@ -9,6 +9,7 @@ from typing import TypeAlias
 from ..checkpoint.survey import Superfluous, superfluous
 from ..errors import CheckpointError
 from ..units import format_bytes
+from .checkpoint_adapters import add_adapters
 from .checkpoint_diff import diff_checkpoints
 from .checkpoint_export import default_workers, export
 from .checkpoint_list import list_checkpoints
@@ -23,7 +24,8 @@ Look after the checkpoints of a run. PLACE is a run directory, its checkpoints/,
 s3://bucket/prefix of the same. Of a run, list and verify also show what lies in this node's memory, on its own disk
 and in the run's bucket, as its config.yaml names them.
 
-  list     one line per checkpoint; compares names and sizes, so it is quick
+  list     one line per checkpoint; compares names and sizes, so it is quick. Of adapters also what they are, and
+           whether the model that they were trained beside is where it was
   verify   read every byte and compare it with the manifest; exit code 2 if anything differs
   copy     take one checkpoint to another disk or bucket, verified on the way
   prune    delete all but the newest; with --memory, what earlier runs left in this node's memory
@@ -41,6 +43,7 @@ examples:
   hypershard checkpoint diff runs/demo@40 runs/demo@60 --tensors 'model/*'
   hypershard checkpoint export runs/demo --output models/demo --dtype bfloat16
   hypershard checkpoint export s3://bucket/demo --step 60 --output s3://bucket/models/demo --num_workers 4
+  hypershard checkpoint export models/base --adapter adapters/law --adapter s3://bucket/tone:0.5 --output models/both
 """
 _PLACE = "run directory, checkpoint directory, one step's directory, or an s3:// URI of one"
 _NEWEST = "only the checkpoint of this step; default: the one that a resume would take"
@@ -56,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|copy|prune|diff|export")
     action = _action(actions, "list", "show everything that was saved, in the order in which a resume would take it")
-    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("place", metavar="PLACE", help=f"{_PLACE}; or a folder of adapters in PEFT's format")
     action.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     action = _action(actions, "verify", "check every byte; exit code 2 if anything is damaged")
     action.add_argument("place", metavar="PLACE", help=_PLACE)
@@ -149,13 +152,10 @@ def _add_export(actions: Actions) -> None:
         metavar="PATH",
         help="tokenizer.json or its folder, to put beside the weights; default: the run's own",
     )
-    action.add_argument(
-        "--adapter", action="store_true", help="of --lora_r: the adapters alone, in PEFT's format, instead of merged"
-    )
-    action.add_argument(
-        "--base",
-        metavar="DIR",
-        help="of --lora_r: the model the adapters were trained beside; default: where --init_from had it",
+    add_adapters(
+        action,
+        bare="without a folder, of --lora_r: the run's adapters alone, in PEFT's format. With one, PLACE may be a "
+        "model directory too",
     )
     action.add_argument(
         "--max_shard_gb", type=_gigabytes, default=5.0, metavar="X", help="size of a file; default: %(default)g GB"

@@ -1,49 +1,85 @@
-"""What `export` and `generate` make of a checkpoint with adapters: whole weights, or a folder in PEFT's format."""
+"""What `export`, `generate` and `chat` make of adapters: whole weights, or a folder in PEFT's format."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.targets import Target, adapter_targets, nf4_formats, scale_of
+from ..adapters.targets import adapter_targets
+from ..checkpoint.hf_folder import CONFIG
 from ..checkpoint.manifest import StoredCheckpoint
-from ..config.schema import AdapterConfig, ModelConfig
+from ..checkpoint.stores import open_store
+from ..config.schema import AdapterConfig, DataConfig, ModelConfig
 from ..errors import CheckpointError
-from ..log import logger
-from ..models.family import ParameterSpec, family_of
+from ..models.family import family_of
 from ..storage import make_directory, remove_tree, sync_directory
+from .checkpoint_merge import Adapters, CheckpointAdapters, FolderAdapters, FolderWeights, GivenAdapter, MergedWeights
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..checkpoint.hf import HfWeights
-    from ..checkpoint.hf_export import CheckpointWeights, Weights
+    from ..checkpoint.hf_export import Weights
+    from ..checkpoint.hf_folder import ModelFolder
 
 
-def whole_weights(stored: StoredCheckpoint, *, base: str | None) -> Weights:
+def add_adapters(parser: argparse.ArgumentParser, *, bare: str | None = None) -> None:
+    """The flags --adapter, which may be given often, and --base. `bare` says what --adapter means without a folder."""
+    text = (
+        "adapters in PEFT's format, a folder or s3://bucket/prefix, that are merged in; they count WEIGHT times, "
+        "default 1; may be given more than once"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        nargs=None if bare is None else "?",
+        type=GivenAdapter.parse,
+        default=[],
+        metavar="FOLDER[:WEIGHT]",
+        help=text if bare is None else f"{text}; {bare}",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="of --lora_r: the model the adapters were trained beside; default: where --init_from had it",
+    )
+
+
+def whole_weights(stored: StoredCheckpoint, *, base: str | None, more: Sequence[GivenAdapter]) -> Weights:
     """The model's weights at a checkpoint; of adapters with the weights they were trained beside, merged.
 
     Those are read from `base`, a folder or s3://bucket/prefix; None: from where the run had them. What the run held in
-    NF4 is merged into the model's own weights, not into these rounded to four bits. Raises CheckpointError when they
-    are not there or were changed.
+    NF4 is merged into the model's own weights, not into these rounded to four bits. The adapters of `more` are merged
+    too. Raises CheckpointError when something is not there or was changed.
     """
     from ..checkpoint.hf_export import CheckpointWeights
 
     facts = stored.facts(stored.manifest())
-    weights = CheckpointWeights(stored)
+    weights: Weights = CheckpointWeights(stored)
+    model = ModelConfig(**facts["model"])
+    parts: list[Adapters] = [FolderAdapters(given, model) for given in more]
     if facts.get("adapters") is None:
         if base is not None:
             raise CheckpointError(f"--base={base} acts only on adapters, and {stored.location} holds a whole model")
-        return weights
-    merged = MergedWeights(weights, facts, base=_base(facts, base))
-    if merged.formats:
-        logger.warning(
-            "the adapters were trained beside weights in nf4 and are merged into the model's own, which are not "
-            "quantised: what comes out is close to what was trained, not equal to it"
-        )
-    return merged
+        return MergedWeights(weights, parts, location=stored.location) if parts else weights
+    assert isinstance(weights, CheckpointWeights)
+    location = _base(facts, base)
+    own = CheckpointAdapters(weights, facts, location=stored.location)
+    return MergedWeights(FolderWeights(base_folder(location), model), [own, *parts], location=location)
+
+
+def is_model_folder(location: str) -> bool:
+    """Whether a path or s3:// URI is of a model directory. Raises StorageError when a bucket does not answer."""
+    return CONFIG in open_store(location.rstrip("/")).files("")
+
+
+def base_folder(location: str) -> ModelFolder:
+    """The model folder that adapters stand beside: a path, s3://bucket/prefix or a hub's name, as for --init_from.
+
+    Raises CheckpointError, DataError and StorageError when it cannot be looked at.
+    """
+    from ..train.init_from import find_model_folder
+
+    return find_model_folder(location, Path(DataConfig().cache_dir).expanduser())
 
 
 def _base(facts: Mapping[str, Any], given: str | None) -> str:
@@ -54,72 +90,6 @@ def _base(facts: Mapping[str, Any], given: str | None) -> str:
             "into; --adapter writes them by themselves"
         )
     return base
-
-
-class MergedWeights:
-    """A model folder's weights with a checkpoint's adapters worked in."""
-
-    def __init__(self, adapters: CheckpointWeights, facts: Mapping[str, Any], *, base: str):
-        from ..checkpoint.hf import HfWeights
-        from ..checkpoint.hf_folder import read_model_folder
-
-        model = ModelConfig(**facts["model"])
-        config = AdapterConfig(**facts["adapters"])
-        folder = read_model_folder(base)
-        names = [spec.name for spec in family_of(model.model_type).parameters(model)]
-        self.shapes = {spec.name: spec.shape for spec in family_of(model.model_type).parameters(model)}
-        self._base: HfWeights = HfWeights(folder, self.shapes)
-        self.formats = nf4_formats(model, config)
-        self._location = base
-        self._bit_sums = dict(zip(names, facts["base"]["bit_sums"], strict=True))
-        self._adapters = adapters
-        self._targets = {target.matrix.spec.name: target for target in adapter_targets(model, config)}
-        self._scale = scale_of(config)
-        files = sorted((name, file.size_bytes, str(file.version)) for name, file in folder.files.items())
-        self.identity = hashlib.sha256(repr((adapters.identity, files)).encode()).hexdigest()
-
-    def read(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Whole tensors on the host, each summed in float32 and rounded once.
-
-        Raises CheckpointError where the model's values are not those the adapters were trained beside.
-        """
-        import torch
-
-        from ..checkpoint.hf import Part
-
-        specs = [spec for name in names if name in self._targets for spec in _specs(self._targets[name])]
-        adapters = self._adapters.read([spec.name for spec in specs], torch.float32)
-        being_read: dict[str, torch.Tensor] = {}
-
-        def parts() -> Iterator[Part]:
-            for name in names:
-                being_read[name] = torch.empty(self.shapes[name])
-                yield Part(name, self.shapes[name], being_read[name], (0,) * len(self.shapes[name]))
-
-        return {name: self._merged(name, being_read.pop(name), adapters).to(dtype) for name in self._base.fill(parts())}
-
-    def _merged(self, name: str, weight: torch.Tensor, adapters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        from ..adapters.lora import bit_sum
-        from ..adapters.merge import merge_box
-        from ..adapters.nf4_ops import packed_parts
-
-        held: tuple[torch.Tensor, ...] = (weight,)
-        if name in self.formats:
-            held = packed_parts(weight, double_quant=self.formats[name].double_quant)
-        if sum(int(bit_sum(part)) for part in held) != self._bit_sums[name]:
-            raise CheckpointError(
-                f"{self._location} is not the model these adapters were trained beside: {name} has other values; give "
-                f"that model by --base"
-            )
-        if name not in self._targets:
-            return weight
-        target = self._targets[name]
-        a, b = (adapters[spec.name] for spec in _specs(target))
-        return merge_box(weight, target, a, b, scale=self._scale, offsets=(0,) * weight.ndim)
-
-
-def _specs(target: Target) -> tuple[ParameterSpec, ParameterSpec]:
-    return target.a, target.b
 
 
 def write_adapter(stored: StoredCheckpoint, output: Path, *, base: str | None) -> None:
@@ -144,7 +114,12 @@ def write_adapter(stored: StoredCheckpoint, output: Path, *, base: str | None) -
     make_directory(temporary)
     try:
         save_peft(
-            temporary, tensors, targets, adapters=config, base=None if trained_beside == "scratch" else trained_beside
+            temporary,
+            tensors,
+            targets,
+            adapters=config,
+            base=None if trained_beside == "scratch" else trained_beside,
+            training=_training(stored, facts, model, config),
         )
         sync_directory(temporary)
         if output.exists():
@@ -153,3 +128,16 @@ def write_adapter(stored: StoredCheckpoint, output: Path, *, base: str | None) -
         sync_directory(output.parent)
     finally:
         remove_tree(temporary)
+
+
+def _training(
+    stored: StoredCheckpoint, facts: Mapping[str, Any], model: ModelConfig, config: AdapterConfig
+) -> dict[str, Any]:
+    """What PEFT's settings have no place for, and `checkpoint_merge.py` and `checkpoint_list.py` ask."""
+    names = [spec.name for spec in family_of(model.model_type).parameters(model)]
+    return {
+        "step": stored.step,
+        "bit_sums": dict(zip(names, facts["base"]["bit_sums"], strict=True)),
+        "bnb_quant_type": config.bnb_quant_type,
+        "bnb_double_quant": config.bnb_double_quant,
+    }

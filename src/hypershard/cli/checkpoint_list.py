@@ -10,6 +10,7 @@ from ..checkpoint.node_blobs import BlobSet
 from ..checkpoint.survey import Condition, Found
 from ..errors import CheckpointError
 from ..units import format_bytes
+from .checkpoint_list_adapters import AdapterRow, checkpoint_row, folder_row, is_adapter_folder
 from .checkpoint_places import Whereabouts, whereabouts
 
 _TIERS = ("memory", "local", "disk", "s3")  # in the order of a resume when all have the same step
@@ -35,8 +36,13 @@ class Row:
 
 def list_checkpoints(place: str, *, as_json: bool) -> int:
     """Print what lies in `place`. Raises CheckpointError when that is nothing."""
+    if is_adapter_folder(place):
+        folder = folder_row(place)
+        print(json.dumps({"adapters": dataclasses.asdict(folder)}, indent=1) if as_json else folder.shown())
+        return 0
     seen = whereabouts(place)
     stored = seen.stored
+    adapters = _adapters(seen)
     rows = sorted(_rows(seen), key=_order, reverse=True)
     damage = [text for tier in seen.on_node for text in tier.blobs.damage]
     if not (rows or damage):
@@ -48,6 +54,7 @@ def list_checkpoints(place: str, *, as_json: bool) -> int:
             "checkpoints": [dataclasses.asdict(row) for row in rows],
             "damaged": damage,
             "silent": seen.silent,
+            "adapters": None if adapters is None else dataclasses.asdict(adapters),
         }
         print(json.dumps(value, indent=1))
         return 0
@@ -58,11 +65,19 @@ def list_checkpoints(place: str, *, as_json: bool) -> int:
     on_node = {tier.tier for tier in seen.on_node}
     for tier, location in _places(seen).items():
         print(f"{tier:<7} {location}" + (" (this node)" if tier in on_node else ""))
+    if adapters is not None:
+        print(adapters.shown())
     for text in damage:
         print(f"damaged {text}")
     for text in seen.silent.values():
         print(f"silent  {text}")
     return 0
+
+
+def _adapters(seen: Whereabouts) -> AdapterRow | None:
+    """Of the newest complete checkpoint; all of a run have the same settings."""
+    complete = [found for found in (*seen.stored.found, *seen.in_bucket) if found.is_complete]
+    return checkpoint_row(complete[0].stored, size_bytes=complete[0].size_bytes) if complete else None
 
 
 def _rows(seen: Whereabouts) -> list[Row]:

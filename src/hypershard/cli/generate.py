@@ -13,7 +13,8 @@ from ..checkpoint.survey import survey
 from ..config.schema import ModelConfig
 from ..errors import CheckpointError
 from ..models.family import family_of
-from .checkpoint_adapters import whole_weights
+from .checkpoint_adapters import add_adapters, whole_weights
+from .checkpoint_merge import GivenAdapter
 from .place import place_tokenizer
 
 if TYPE_CHECKING:
@@ -33,17 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    """The flags of `Opened.continued`, and the tokenizer's."""
+    """The flags of `Opened.continued` and of `opened_model`."""
     parser.add_argument("--max_new_tokens", type=int, default=max_new_tokens, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling; default: %(default)s")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the run directory's")
+    add_adapters(parser)
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation. Raises CheckpointError and DataError."""
     args = build_parser().parse_args(argv)
-    with opened_model(args.run_dir, tokenizer=args.tokenizer) as opened:
+    with opened_model(args) as opened:
         ids = opened.texts.encode(args.prompt).ids
         print(opened.texts.decode([*ids, *opened.continued(ids, args)]))
     return 0
@@ -86,26 +88,33 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened_model(run_dir: str, *, tokenizer: str | None) -> Iterator[Opened]:
-    """The newest checkpoint of a run, a folder or a bucket. Raises CheckpointError and DataError."""
+def opened_model(args: argparse.Namespace) -> Iterator[Opened]:
+    """The newest checkpoint of a run, a folder or a bucket, by the flags of `add_sampling`.
+
+    Raises CheckpointError and DataError.
+    """
     from tokenizers import Tokenizer
 
     from ..data.encode.tokenizer import load_tokenizer
 
-    place = existing_place(run_dir)
+    place = existing_place(args.run_dir)
     whole = [found.stored for found in survey(place) if found.is_complete]
     if not whole:
-        raise CheckpointError(f"{run_dir}: found no finished checkpoint; expected a run directory with checkpoints/")
-    with place_tokenizer(place, tokenizer) as path:
+        raise CheckpointError(
+            f"{args.run_dir}: found no finished checkpoint; expected a run directory with checkpoints/"
+        )
+    with place_tokenizer(place, args.tokenizer) as path:
         if path is None:
             raise CheckpointError(f"found no tokenizer beside {place.store.location}; give --tokenizer")
         loaded = load_tokenizer(path)
-        model, eos_token_id = _load(whole[0])
+        model, eos_token_id = _load(whole[0], base=args.base, adapters=args.adapter)
         texts = Tokenizer.from_file(str(loaded.path))
         yield Opened(model=model, tokenizer=loaded, texts=texts, eos_token_id=eos_token_id)
 
 
-def _load(checkpoint: StoredCheckpoint) -> tuple[Any, int | None]:
+def _load(
+    checkpoint: StoredCheckpoint, *, base: str | None, adapters: Sequence[GivenAdapter]
+) -> tuple[Any, int | None]:
     """The model of a checkpoint on one device, in bfloat16 on a GPU; and its end-of-text token."""
     import torch
 
@@ -115,7 +124,7 @@ def _load(checkpoint: StoredCheckpoint) -> tuple[Any, int | None]:
     model = ModelConfig(**facts["model"])
     hf_model = family_of(model.model_type).build(model)
     materialise(hf_model, parameter_device=torch.device("cpu"), buffer_device=torch.device("cpu"))
-    weights = whole_weights(checkpoint, base=None)
+    weights = whole_weights(checkpoint, base=base, more=adapters)
     for name, parameter in hf_model.named_parameters():
         parameter.data.copy_(weights.read([name], torch.float32)[name])
     if torch.cuda.is_available():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..launch.build import build_job
 from ..launch.kubernetes import JOB, KINDS, KubernetesOptions, render
+from ..launch.sagemaker_flags import decode
+from ..log import setup_logging
 from .launch_flags import named_values
 from .launch_output import Starter, deliver
 from .launch_plan import planned
@@ -74,15 +77,18 @@ def add_parser(verbs: Any) -> None:
 
 def kubernetes(args: argparse.Namespace) -> int:
     """Print, write or apply. Raises ConfigError for wrong flags, HypershardError with what kubectl said."""
+    setup_logging()
     deliver(_text(args), _KUBECTL, dry_run=args.dry_run, write=args.write)
     return 0
 
 
 def _text(args: argparse.Namespace) -> str:
     planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
+    volumes = tuple(named_values("--volume", args.volume, sign=":", expected="CLAIM:/PATH").items())
+    model, train_flags = _seen_by_pods(args, [path for _, path in volumes])
     job = build_job(
-        train_flags=args.train_flags,
-        model_name=args.model,
+        train_flags=train_flags,
+        model_name=model,
         instance=args.instance,
         num_nodes=args.nodes,
         run_dir=args.run_dir,
@@ -94,8 +100,19 @@ def _text(args: argparse.Namespace) -> str:
     )
     options = KubernetesOptions(
         kind=args.kind,
-        volumes=tuple(named_values("--volume", args.volume, sign=":", expected="CLAIM:/PATH").items()),
+        volumes=volumes,
         hyperpod=args.hyperpod,
         **{name: getattr(args, name) for name in _TEXTS},
     )
     return render(job, options)
+
+
+def _seen_by_pods(args: argparse.Namespace, mounted: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The model and the flags of training. Pods see no run file of this machine: its settings become flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    config = parser.parse_known_args(args.train_flags)[0].config
+    if config is None or not config.is_file() or any(config.is_relative_to(path) for path in mounted):
+        return args.model, args.train_flags
+    named = [] if args.model is None else [f"--model={args.model}"]
+    return None, decode([*named, *args.train_flags]).words

@@ -17,7 +17,7 @@ from ..catalog.instances import price
 from ..errors import ConfigError
 from ..launch.build import build_job
 from ..launch.job import Job
-from ..launch.sagemaker import RUN_DIR, SYNCED_RUN_DIR, Options, Submission, create_training_job_request
+from ..launch.sagemaker import RUN_DIR, SERVICE, SYNCED_RUN_DIR, Options, Submission, create_training_job_request
 from ..log import logger, setup_logging
 from ..plan.estimate import Plan
 from ..units import format_seconds
@@ -38,6 +38,7 @@ examples:
   hypershard launch sagemaker --model llama3_8b --instance p5 --nodes 4 --role arn:aws:iam::111122223333:role/train \\
     --image 111122223333.dkr.ecr.us-west-2.amazonaws.com/hypershard:1 --output s3://bucket/runs \\
     --channel train=s3://bucket/bins --train_batch_size 2 --follow
+  hypershard launch sagemaker --config recipes/llama4_scout_chat_qlora.yaml --instance ml.p4d.24xlarge --dry_run …
   hypershard launch sagemaker … --spot --max_wait_hours 72 --dry_run > request.json
   hypershard launch sagemaker … --emit modeltrainer start.py
   hypershard launch sagemaker status NAME
@@ -153,7 +154,14 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    made = planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
+    made = planned(
+        args.model,
+        args.instance,
+        num_nodes=args.nodes,
+        train_flags=args.train_flags,
+        service=SERVICE,
+        prices_file=args.prices_file,
+    )
     job = build_job(
         train_flags=args.train_flags,
         model_name=args.model,
@@ -203,7 +211,7 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _say_cost(job: Job, *, is_spot: bool, prices_file: Path | None) -> None:
     num_nodes, hours = job.resources.num_nodes, job.hours
-    each = price(find_instance(job.resources.instance_type), "sagemaker", prices_file=prices_file)
+    each = price(find_instance(job.resources.instance_type), SERVICE, prices_file=prices_file)
     if each is None:
         logger.info(f"{num_nodes} x {job.resources.instance_type} for at most {hours:g} h; its price is unknown")
         return

@@ -9,6 +9,7 @@ from typing import Any
 from ..launch.build import build_job
 from ..launch.slurm import CPU_NODES, SlurmOptions, render
 from ..launch.slurm_files import RUN_DIR, plan_for, write_all
+from ..log import setup_logging
 from ..models.files import available_models
 from .launch_flags import named_values
 from .launch_output import Starter, deliver
@@ -72,6 +73,7 @@ def add_parser(verbs: Any) -> None:
 
 def slurm(args: argparse.Namespace) -> int:
     """Print, write or submit. Raises ConfigError for wrong flags, HypershardError with what sbatch said."""
+    setup_logging()
     if args.write is not None and args.model is None and not args.train_flags:
         for path in write_all(args.write, available_models()):
             print(path)

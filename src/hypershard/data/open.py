@@ -170,7 +170,8 @@ def _refuse_settings_of_text(name: str, data: DataConfig, *, kind: str) -> None:
     if len(_named(data)) > 1:  # another of them may be text
         return
     for setting in _TEXT_SETTINGS:
-        if getattr(data, setting) not in (_DEFAULTS[setting], kind if setting == "data_kind" else None):
+        true_anyway = {"data_kind": kind, "streaming": False}.get(setting)
+        if getattr(data, setting) not in (_DEFAULTS[setting], true_anyway):
             raise DataError(
                 f"--{setting}={getattr(data, setting)}: --dataset={name} holds tokens already (of {kind}), which this "
                 f"cannot change; drop the flag"

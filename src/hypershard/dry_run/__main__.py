@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from ..config.schema import Config, DataConfig, ModelConfig, ParallelConfig
+from ..config.schema import AdapterConfig, Config, DataConfig, ModelConfig, ParallelConfig
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
             model=ModelConfig(**asked["model"]),
             data=DataConfig(**asked["data"]),
             parallel=ParallelConfig(**asked["parallel"]),
+            adapters=AdapterConfig(**asked["adapters"]),
         ),
         num_gpus=asked["num_gpus"],
         gpus_per_node=asked["gpus_per_node"],

@@ -174,7 +174,8 @@ def _follow(tape: Tape, root: nn.Module, blocks: Sequence[nn.Module], *, units: 
 
     def enter_first(*arguments: Any) -> None:
         hidden = arguments[1][0]
-        hidden.register_hook(functools.partial(enter, "end of backward", "backward", NO_LAYER))
+        if hidden.requires_grad:  # not beside a frozen embedding, where backward ends in the first block (world.py)
+            hidden.register_hook(functools.partial(enter, fake.END_OF_BACKWARD, "backward", NO_LAYER))
 
     def leave(unit: int, is_last: bool, module: nn.Module, _: Any, result: Any) -> None:
         hidden = result[0] if isinstance(result, tuple) else result

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPCommContext, FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -25,9 +26,11 @@ from ..distributed.env import Ranks
 from ..distributed.process_group import World
 from ..parallel import offload
 from ..train import setup
+from .allocator import NO_LAYER
 from .tape import Tape
 
 DEVICE = torch.device("cpu")
+END_OF_BACKWARD = "end of backward"
 
 
 def start(*, world_size: int, local_world_size: int) -> World:
@@ -78,10 +81,19 @@ def _patches(tape: Tape, *, keeps_weights_on_host: bool) -> list[Any]:
 
         return call
 
+    def at_the_end(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tape.window, tape.category, tape.layer = END_OF_BACKWARD, "backward", NO_LAYER
+            return method(*args, **kwargs)
+
+        return call
+
     wrapped = (
         (FSDPParamGroup, "unshard", told("gathered weights")),
         (FSDPParamGroup, "wait_for_unshard", told("gathered weights")),
         (FSDPParamGroup, "post_backward", told("gradients")),
+        # Beside a frozen embedding nothing else tells that backward has left the first block.
+        (FSDPState, "_root_post_backward_final_callback", at_the_end),
         # It pads rows that do not divide evenly.
         (FSDPParam, "reset_sharded_param", told("weights", on_host=keeps_weights_on_host)),
         (FSDPCommContext, "lazy_init", name_streams),

@@ -41,8 +41,8 @@ def build_job(
     """The job that trains `model_name` with `train_flags` on `num_nodes` nodes.
 
     `instance` is any name `catalog.instances.instance` takes; None: nodes the catalog does not know, taken as without
-    GPUs. `name` None: made of --run_name or the model, the instance family and the number of nodes. The job always
-    resumes, so that a restart goes on. `extra_environment` goes before `environment_for`'s.
+    GPUs. `name` None: made of --run_name, the model or the run file, the instance family and the number of nodes. The
+    job always resumes, so that a restart goes on. `extra_environment` goes before `environment_for`'s.
 
     Raises ConfigError for an unknown or refused flag, a value out of range, or a variable no job may set. Whether the
     settings go together is for `hypershard train` to say, which knows the model file too.
@@ -59,8 +59,9 @@ def build_job(
     flags += [*train_flags, f"--run_dir={run_dir}"]
     if "resume_from_checkpoint" not in given:
         flags.append("--resume_from_checkpoint=auto")
+    wish = given.get("run_name") or model or given.get("config")
     return Job(
-        name=name or _name(given.get("run_name") or model, row.family if row else None, num_nodes),
+        name=name or _name(wish, row.family if row else None, num_nodes),
         train_flags=tuple(flags),
         environment={**environment_for(row, run_dir=run_dir), **extra_environment},
         resources=Resources(

@@ -34,7 +34,7 @@ CHANNELS_DIR = "/opt/ml/input/data"
 _MOST_HOURS = 28 * 24  # https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StoppingCondition.html
 _FSX = re.compile(r"fsx://(?P<id>fs-[0-9a-f]+)(?P<directory>/.*)")
 # Flags of training whose value may be a path. The job finds it only where the image or a channel holds it.
-_PATHS = ("dataset", "tokenizer", "chat_template", "init_from")
+_PATHS = ("dataset", "tokenizer", "chat_template", "init_from", "validation_prompts")
 
 # Lines of metrics/display.py. A number of tokens comes with its unit, so there is one metric for each.
 METRICS = {
@@ -171,7 +171,8 @@ def _s3(flag: str, text: str) -> S3Uri:
 
 
 def _check_channels(flags: Hyperparameters, channels: Mapping[str, str]) -> None:
-    """Every channel must be read, and by one flag: the container gives some channels' folders to flags by name."""
+    """Every channel must be read, and by one flag: the container gives some channels' folders to flags by name, which
+    go before a run file's values."""
     for name, where in channels.items():
         folder, flag = f"{CHANNELS_DIR}/{name}", CHANNELS.get(name)
         if any(folder in value for value in flags.settings.values()):
@@ -181,7 +182,7 @@ def _check_channels(flags: Hyperparameters, channels: Mapping[str, str]) -> None
                 f"--channel {name}={where}: no flag reads {folder}; add one, such as --dataset={folder}, or name the "
                 f"channel {' or '.join(CHANNELS)}"
             )
-        if flag in flags.settings or (flag == "config" and flags.config is not None):
+        if flag in flags.flags or (flag == "config" and (flags.config is not None or flags.filed)):
             raise ConfigError(f"--channel {name}={where} becomes --{flag}={folder}: found another --{flag} beside it")
 
 

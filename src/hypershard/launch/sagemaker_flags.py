@@ -42,6 +42,13 @@ class Hyperparameters:
         """Setting -> text, from files of this machine and flags; flags win."""
         return {**{name: str(value) for name, value in self.filed.items() if value is not None}, **self.flags}
 
+    @property
+    def words(self) -> list[str]:
+        """As arguments of `hypershard train` that name no file of this machine."""
+        named = {name: value for name, value in (("model", self.model), ("config", self.config)) if value is not None}
+        texts = {name: "none" if value is None else value for name, value in {**self.filed, **self.flags}.items()}
+        return [f"--{name}={value}" for name, value in (named | texts).items()]
+
     def with_settings(self, more: Mapping[str, str]) -> Hyperparameters:
         return dataclasses.replace(self, flags={**self.flags, **more})
 

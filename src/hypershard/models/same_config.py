@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import ConfigError
 
-# Keys of a config.json that change what the same weights compute.
-_MEANING = (
+# Keys of a config.json that change what the same weights compute, and that follow from settings.
+_SETTABLE = (
     "model_type",
     "hidden_size",
     "num_hidden_layers",
@@ -25,20 +25,46 @@ _MEANING = (
     "n_embd",
     "n_layer",
     "n_head",
-    "hidden_act",
-    "activation_function",
     "rms_norm_eps",
     "layer_norm_epsilon",
     "rope_parameters",
     "sliding_window",
-    "layer_types",
     "num_local_experts",
     "num_experts_per_tok",
     "attention_chunk_size",
-    "no_rope_layers",
-    "use_qk_norm",
     "tie_word_embeddings",
 )
+# And those of which every family builds one value, or the one that goes with the others.
+_BUILT = (
+    "hidden_act",
+    "activation_function",
+    "attention_bias",
+    "mlp_bias",
+    "layer_types",
+    "no_rope_layers",
+    "use_qk_norm",
+    "moe_layers",
+    "attn_temperature_tuning",
+    "floor_scale",
+    "attn_scale",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+)
+
+
+def text_config(directory: Path, *, location: str) -> dict[str, Any]:
+    """The config.json in `directory`, a copy of `location`'s; of a model with vision its text model's part.
+
+    Raises ConfigError when transformers cannot read it. None of the folder's code is run.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        found: dict[str, Any] = config.get_text_config().to_dict()
+        return found
+    except Exception as error:  # of transformers, huggingface_hub and the file system, which share no base
+        raise ConfigError(f"{location}: its config.json cannot be used: {error}") from error
 
 
 def refuse_other_config(ours: Any, directory: Path, *, init_from: str) -> None:
@@ -48,23 +74,21 @@ def refuse_other_config(ours: Any, directory: Path, *, init_from: str) -> None:
     """
     if not (directory / "config.json").is_file():
         return
-    from transformers import AutoConfig
-
-    try:
-        theirs = AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--init_from={init_from}: its config.json cannot be used: {error}") from error
+    theirs = text_config(directory, location=f"--init_from={init_from}")
     mine = ours.to_dict()
     different = [
-        f"{name} {theirs[name]} (this run: {mine[name]})"
-        for name in _MEANING
+        name
+        for name in (*_SETTABLE, *_BUILT)
         if name in mine and name in theirs and not _same_value(mine[name], theirs[name])
     ]
-    if different:
-        raise ConfigError(
-            f"--init_from={init_from} holds another model: its config.json has {'; '.join(different)}. "
-            f"Give --model and the model settings as they stand there"
-        )
+    if not different:
+        return
+    shown = "; ".join(f"{name} {theirs[name]} (this run: {mine[name]})" for name in different)
+    if any(name in _SETTABLE for name in different):
+        hint = "Give --model and the model settings as they stand there"
+    else:
+        hint = "No setting changes that: such a model is not built here"
+    raise ConfigError(f"--init_from={init_from} holds another model: its config.json has {shown}. {hint}")
 
 
 def _same_value(one: Any, other: Any) -> bool:

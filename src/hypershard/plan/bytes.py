@@ -122,7 +122,7 @@ def saved_by_token(job: Job) -> Saved:
     108,680 bytes). Selective checkpointing's own results wait in a table of its own and are not offloaded.
     """
     model, size = job.model, job.number_bytes
-    whole = _whole(model, size, is_compiled=job.parallel.compile) + _dense_attention(job) + _by_adapters(job)
+    whole = _whole(job, size) + _dense_attention(job) + _by_adapters(job)
     block_input = float(size * model.hidden_width)
     kind = job.parallel.activation_checkpointing
     if kind == "none":
@@ -137,7 +137,7 @@ def saved_by_token(job: Job) -> Saved:
 def _by_adapters(job: Job) -> float:
     """What adapters add per token and block: x A^T, and with dropout what it leaves of x and which of it, in bytes.
 
-    An upper bound: what the frozen product alone would have saved is not taken off.
+    An upper bound: what products without adapters would have saved is not taken off.
     """
     adapters, size = job.adapters, job.number_bytes
     total = 0.0
@@ -165,15 +165,18 @@ def _widths(model: ModelConfig) -> tuple[int, int, int, int]:
     return model.hidden_width, model.num_heads * head, keys * head, model.intermediate_size
 
 
-def _whole(model: ModelConfig, size: int, *, is_compiled: bool) -> float:
+def _whole(job: Job, size: int) -> float:
+    model, is_compiled = job.model, job.parallel.compile
     hidden, queries, keys, inner = _widths(model)
     log_sums = 4 * model.num_heads
     if model.model_type == "gpt2":
         # Norms: input and output. Products: q, k, v and attention's result. GELU by parts: x, x/2, tanh, 1 + tanh.
         parts = (2 if is_compiled else 5) * inner
         return size * (parts + 8 * hidden) + log_sums + 16
-    # RMSNorm in parts keeps its input in float32, the normed values and the result; a compiler keeps the input alone.
-    norms = 4 * size * hidden if is_compiled else 2 * (4 + 2 * size) * hidden
+    # RMSNorm in parts keeps its input in float32, the result, and for its weight's gradient the normed values; a
+    # compiler keeps the input alone.
+    for_weight = 0 if job.has_adapters else size
+    norms = 4 * size * hidden if is_compiled else 2 * (4 + size + for_weight) * hidden
     attention = 2 * size * (queries + keys) + log_sums + 8
     gated = (3 if is_compiled else 4) * size * inner  # gate, up, silu(gate), and their product
     if model.model_type not in ("mixtral", "llama4"):

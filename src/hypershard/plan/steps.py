@@ -231,7 +231,8 @@ def communication(job: Job) -> Communication:
         wide, more = _bandwidth(job, job.num_nodes)
         shard = 4.0 * trained.total / degree
         copied = 2 * _moved(shard / layers, replicas, wide, job.num_nodes) * layers
-    # Per micro-step: gathered twice (full, hybrid) and for a reference, reduced unless once a step will do (zero1, none).
+    # Per micro-step: gathered twice (full, hybrid), and once more for a reference; reduced, unless once a step will do
+    # (zero1, none).
     gathers = (2 + job.has_reference) * layers * gather(block) if strategy in ("full", "hybrid") else 0.0
     reduces = layers * reduce(trained.block) if strategy in ("full", "hybrid", "zero2") else 0.0
     once = copied

@@ -131,8 +131,10 @@ def traced_memory(job: Job, *, cache_dir: Path | None, timeout_seconds: float = 
 def _refuse(job: Job) -> None:
     if job.parallel.compile:
         raise CannotTrace("--compile=1 cannot be traced: what a compiled block keeps is known when it is compiled")
-    if job.has_adapters:
-        raise CannotTrace("adapters (--lora_r) are not traced yet; the closed form counts them")
+    if job.adapters.bnb_quant_type != "none":
+        raise CannotTrace("weights in nf4 are not traced: their kernels are the GPU's own; the closed form counts them")
+    if job.learning.objective == "dpo":
+        raise CannotTrace("--objective=dpo is not traced; the closed form counts it")
     if not job.has_gpus:
         raise CannotTrace(f"{job.instance.name} has no GPU, and the trace is of a GPU's memory")
 
@@ -143,6 +145,7 @@ def _question(job: Job) -> dict[str, Any]:
         "model": dataclasses.asdict(job.model),
         "data": {"train_batch_size": job.data.train_batch_size, "document_mask": job.data.document_mask},
         "parallel": dataclasses.asdict(job.parallel),
+        "adapters": dataclasses.asdict(job.adapters),
         "num_gpus": job.num_gpus,
         "gpus_per_node": job.instance.num_gpus,
         "accumulation": min(2, job.accumulation),  # later micro-steps meet what the second one met

@@ -44,7 +44,8 @@ class Written:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run's numbers. Losses in nats per token; speeds are medians over the logged steps but the first.
+    """A run's numbers. Losses in nats per token, or per pair of answers, of which `preference_accuracy` is the share
+    whose chosen answer was preferred at the last validation; speeds are medians over the logged steps but the first.
 
     `data_share`: of the time in steps, what rank 0 waited for its batches; `padding`: mean share of its inputs that
     only fill up rows.
@@ -56,6 +57,7 @@ class RunSummary:
     steps: tuple[int, ...]
     losses: tuple[float, ...]
     validation_losses: tuple[tuple[int, float], ...]
+    preference_accuracy: float | None
     texts: tuple[Written, ...]
     tokens: int
     seconds: float
@@ -76,14 +78,16 @@ def read_run(run_dir: Path) -> RunSummary:
     training = [record for record in records if "loss" in record]
     if not training:
         raise DataError(f"{run_dir} holds no run: {path} is {'empty' if path.exists() else 'missing'}")
+    validations = [record for record in records if "validation_loss" in record]
     steady = training[1:] or training  # the first step also fills caches
     utilisations = [record["mfu"] for record in steady if record["mfu"] is not None]
     return RunSummary(
         run_dir=run_dir,
         steps=tuple(record["step"] for record in training),
         losses=tuple(record["loss"] for record in training),
-        validation_losses=tuple((r["step"], r["validation_loss"]) for r in records if "validation_loss" in r),
+        validation_losses=tuple((record["step"], record["validation_loss"]) for record in validations),
         texts=_texts(run_dir),
+        preference_accuracy=validations[-1].get("validation_preference_accuracy") if validations else None,
         tokens=training[-1]["tokens"],
         seconds=_total_seconds(training),
         tokens_per_second=statistics.median(record["tokens_per_second"] for record in steady),

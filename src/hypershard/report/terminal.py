@@ -25,7 +25,11 @@ def render(run: RunSummary) -> str:
     )
     if run.validation_losses:
         step, loss = run.validation_losses[-1]
-        lines.append(f"validation {loss:.4f} at step {step}, perplexity {math.exp(min(loss, 700)):.1f}")
+        if run.preference_accuracy is None:
+            means = f"perplexity {math.exp(min(loss, 700)):.1f}"
+        else:
+            means = f"the chosen answer is preferred in {run.preference_accuracy:.1%} of the pairs"
+        lines.append(f"validation {loss:.4f} at step {step}, {means}")
     mfu = "" if run.mfu is None else f", MFU {run.mfu:.1%}"
     lines.append(
         f"speed      {format_count(run.tokens_per_second)} tokens/s{mfu}; {format_count(run.tokens)} tokens "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ def choose_prompts(
 ) -> Prompts | None:
     """The prompts of --validation_texts; None where it asks for none. Rank 0 chooses for all: collective.
 
-    Raises on every rank ConfigError: no tokenizer, a file of prompts that cannot be read or has too few; DataError: too
-    few held-out documents, a line that does not fit or that the chat template refuses.
+    Raises on every rank ConfigError: no tokenizer, a file of prompts that cannot be read or has too few; DataError:
+    no held-out document, a line that does not fit or that the chat template refuses.
     """
     if not config.train.validation_texts:
         return None
@@ -94,19 +95,28 @@ def _chosen(config: Config, dataset: Dataset, tokenizer: TextTokenizer, context_
 
 
 def held_out_prompts(sources: Sequence[TokenSource], number: int, *, context_tokens: int) -> list[Ids]:
-    """`number` prompts, of each source in turn, from documents spread evenly over it.
+    """`number` prompts, of each source in turn, from documents spread evenly over it; fewer, with a warning, where that
+    is all there is.
 
     Of a conversation, what comes before the first token the loss counts; of text, its first 32 tokens, or half of it if
-    that is less. None is longer than context_tokens - 1. DataError: a source has too few documents.
+    that is less. None is longer than context_tokens - 1. DataError: no document will do.
     """
     taken = [
-        _spread(source, len(range(turn, number, len(sources))), number, context_tokens)
-        for turn, source in enumerate(sources)
+        _spread(source, len(range(turn, number, len(sources))), context_tokens) for turn, source in enumerate(sources)
     ]
-    return [taken[index % len(sources)][index // len(sources)] for index in range(number)]
+    found = [prompt for turn in itertools.zip_longest(*taken) for prompt in turn if prompt is not None]
+    if not found:
+        raise DataError(
+            f"--validation_texts={number}: found no held-out document to go on from, expected some with a beginning of "
+            f"at most {context_tokens - 1} tokens, and an answer where they are conversations; raise "
+            f"--max_context_width, or give --validation_prompts"
+        )
+    if len(found) < number:
+        logger.warning(f"--validation_texts={number}: {len(found)} held-out documents can be gone on from, no more")
+    return found
 
 
-def _spread(source: TokenSource, count: int, number: int, context_tokens: int) -> list[Ids]:
+def _spread(source: TokenSource, count: int, context_tokens: int) -> list[Ids]:
     starts = _starts(source, count)
     prompts: list[Ids] = []
     seen: set[int] = set()
@@ -120,12 +130,6 @@ def _spread(source: TokenSource, count: int, number: int, context_tokens: int) -
             if prompt := _beginning(source, *_bounds(source, starts, document), context_tokens=context_tokens):
                 prompts.append(prompt)
                 break
-        else:
-            raise DataError(
-                f"--validation_texts={number}: found {len(prompts)} held-out documents to go on from, expected {count} "
-                f"(with a beginning of at most {context_tokens - 1} tokens, and an answer where they are "
-                f"conversations); lower it, raise --max_context_width, or give --validation_prompts"
-            )
     return prompts
 
 

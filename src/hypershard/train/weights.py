@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.lora import bit_sums
 from ..adapters.nf4_weights import Nf4Weight, nf4_weights
-from ..adapters.peft_format import load_peft
+from ..adapters.peft_format import load_peft, open_peft
 from ..adapters.targets import adapter_specs, adapter_targets
 from ..checkpoint.hf import load_hf_weights
 from ..config.schema import Config, ModelConfig
@@ -17,7 +17,6 @@ from ..log import logger
 from ..models.family import ParameterSpec, family_of
 from ..models.same_config import refuse_other_config
 from ..parallel.init import initialise, initialise_part
-from ..storage import local_path
 from .init_from import Origin
 
 
@@ -67,8 +66,8 @@ def first_weights(
     if config.adapters.lora_init_from is None:
         initialise(parameters, adapter_specs(targets), seed=seed, device=device)
     else:
-        folder = local_path(config.adapters.lora_init_from, flag="--lora_init_from")
-        load_peft(folder, config.adapters, targets, parameters)
+        adapter = open_peft(config.adapters.lora_init_from, flag="--lora_init_from")
+        load_peft(adapter, config.adapters, targets, parameters)
     held = [packed[spec.name].parts() if spec.name in packed else (parameters[spec.name],) for spec in specs]
     return Base(init_from, bit_sums(held, num_replicas=num_replicas, device=device))
 
