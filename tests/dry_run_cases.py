@@ -38,11 +38,23 @@ REPEATED: dict[str, dict[str, Any]] = {
     "tiny_gpt2": {"num_layers": 7, "sharding_strategy": "hybrid", "offload_activations": True},
     "tiny_llama4": {"num_layers": 25, "attention_chunk_size": 16, "sharding_strategy": "zero1"},
 }
-# The same with adapters beside frozen weights, the embedding among them.
+# The same with adapters beside frozen weights, the embedding among them; few, since each costs a trace much time.
 LORA = {"lora_r": 16}
 REPEATED_LORA: dict[str, dict[str, Any]] = {
-    "tiny_llama2": {**LORA, "num_layers": 9, "activation_checkpointing": "full", "gradient_accumulation_steps": 3},
-    "tiny_mixtral": {**LORA, "num_layers": 7, "activation_checkpointing": "selective", "sharding_strategy": "zero2"},
+    "tiny_llama2": {
+        **LORA,
+        "lora_targets": "q_proj,down_proj",
+        "num_layers": 7,
+        "activation_checkpointing": "full",
+        "gradient_accumulation_steps": 3,
+    },
+    "tiny_mixtral": {
+        **LORA,
+        "lora_targets": "q_proj,experts.down_proj",
+        "num_layers": 7,
+        "activation_checkpointing": "selective",
+        "sharding_strategy": "zero2",
+    },
 }
 # Published models with adapters, on eight H100s.
 LARGE_LORA: dict[str, dict[str, Any]] = {

@@ -188,9 +188,19 @@ def test_other_adapters_in_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"lora_A.weight: found in the folder"):
         load_peft(opened(tmp_path), fewer, adapter_targets(model, fewer), parameters)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(ConfigError, match="use_dora"):
-        load_peft(opened(tmp_path), adapters, targets, parameters)
+    for change, named in (
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),  # its A and B are not the whole update
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"of_a_version_to_come": 1}, "of_a_version_to_come"),
+        ({"r": True}, "lora_r True"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"use_rslora": "false"}, "lora_rslora 'false'"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ConfigError, match=named):
+            load_peft(opened(tmp_path), adapters, targets, parameters)
 
 
 def test_bit_sums_see_any_change_and_no_precision() -> None:

@@ -76,6 +76,20 @@ def test_double_quantised_scales_are_within_half_a_step(num_blocks: int) -> None
             assert group.min() == exact.min()  # a row of zeros or equals stays as it is
 
 
+@pytest.mark.parametrize("shape", [(256, 4096), (512, 192)])
+def test_double_quantised_weights_are_no_further_off_than_bitsandbytes_own(shape: tuple[int, ...]) -> None:
+    """Whose bytes for scales are others (nf4.py); rows of three blocks have groups of three."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(9)) * 0.02
+    codes, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+    assert state.nested
+    theirs = functional.dequantize_4bit(codes, state)
+    ours = dequantise(quantise(weight, double_quant=True), Format(shape, True), dtype=torch.float32)
+    plain = dequantise(quantise(weight, double_quant=False), Format(shape, False), dtype=torch.float32)
+    errors = [(one - weight).square().mean().item() for one in (ours, theirs, plain)]
+    assert errors[0] <= 1.05 * errors[1] and errors[0] != errors[2] != errors[1]
+
+
 def test_error_of_normal_weights_is_what_theory_says() -> None:
     """Given a block's absmax m, the other 63 weights are normal, cut off at m; each falls to the nearest level."""
     weight = torch.randn(2048, 512, generator=torch.Generator().manual_seed(4))

@@ -154,7 +154,7 @@ def test_adapters_and_their_base_in_a_bucket(
         assert main(["checkpoint", "list", str(place)]) == 0
         shown = capsys.readouterr().out
         assert "step 3, rank 8, alpha 16, " in shown and "o_proj, q_proj" in shown, shown
-        assert f"beside {base}: matches in names and shapes" in shown
+        assert f"beside {str(base)!r}: matches in names and shapes" in shown
     assert main(["checkpoint", "list", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["adapters"]["rank"] == 8
     change_one_weight(base)

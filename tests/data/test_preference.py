@@ -171,6 +171,10 @@ MALFORMED = {
         {"prompt": ASKED, "chosen": GOOD, "rejected": [{"role": "bot", "content": "a"}]},
         "'rejected' message 1: found the role 'bot'",
     ),
+    "a prompt in one answer": (
+        {"prompt": ASKED, "chosen": [*ASKED, *GOOD], "rejected": BAD},
+        "expected them in both or in neither",
+    ),
     "forged": (
         {"prompt": ASKED, "chosen": [assistant("a<|im_end|>")], "rejected": BAD},
         "'chosen', with its prompt: message 2: found the special token",

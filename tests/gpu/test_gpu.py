@@ -1,4 +1,4 @@
-"""The numerics on one GPU: NCCL, bf16, compile, offload, checkpoints. Run by `make test-gpu`."""
+"""The numerics on one GPU: NCCL, bf16, compile, offload, adapters, checkpoints. Run by `make test-gpu`."""
 
 import json
 import os
@@ -12,11 +12,16 @@ import pytest
 import torch
 from tests.hf_folders import write_hf_folder
 from tests.integration.processes import command, history
-from tests.jobs import tiny, train_losses
+from tests.jobs import a_job, tiny, train_losses
 from tests.rank_pool import RankPool
+from tests.train.test_dpo import write_pairs
+from tests.train.test_lora import bits
 
+from hypershard.distributed.process_group import World
 from hypershard.models.attention_modules import varlen_attention
 from hypershard.train.attention import segments
+from hypershard.train.state import Progress, advance
+from hypershard.train.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +42,10 @@ def gpu() -> Iterator[RankPool]:
 def flags_of(model: str, **settings: Any) -> str:
     words = {"num_layers": 2, "max_context_width": 128, "train_batch_size": 4, "max_steps": 9, "lr": 0.001, "warmup": 0}
     return " ".join([f"--model {model}", *(f"--{name}={value}" for name, value in {**words, **settings}.items())])
+
+
+def named(settings: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in settings.items())
 
 
 @pytest.mark.parametrize("model", FAMILIES)
@@ -76,7 +85,7 @@ def test_bf16_stays_close_to_float32(gpu: RankPool, cache_dir: Path, model: str)
         {"sharding_strategy": "zero1", "train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"sharding_strategy": "none"},
     ],
-    ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()),
+    ids=named,
 )
 def test_what_trades_memory_or_time_changes_only_rounding(gpu: RankPool, cache_dir: Path, settings: dict) -> None:
     """float32, one layout: 1e-5 at step 1 (fused kernels round otherwise), 1e-3 after AdamW has amplified it."""
@@ -84,6 +93,91 @@ def test_what_trades_memory_or_time_changes_only_rounding(gpu: RankPool, cache_d
     found = gpu.run(train_losses, tiny(**settings), cache_dir, STEPS)[0]
     assert found[0] == pytest.approx(plain[0], rel=1e-5)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in plain], rel=1e-3)
+
+
+# --- adapters beside frozen weights, and preferences
+
+
+LORA = {"lora_r": 8, "lr": 0.01}
+NF4 = {**LORA, "bnb_quant_type": "nf4"}
+# So slow that the loss stays far from zero, where it has no digits to compare.
+DPO = {"objective": "dpo", "dataset": "{pairs}", "lr": 0.001, "num_layers": 1}
+
+
+def adapter_losses(world: World, flags: str, cache_dir: Path) -> tuple[list[float], bool]:
+    """Losses of STEPS steps, and whether every bit of the frozen weights is what it was.
+
+    Adapters' numbers are drawn on the host, since a GPU's generators give others, and none is zero.
+    """
+    with a_job(world, flags, cache_dir) as job:
+        for number, name in enumerate(sorted(job.parameters)):
+            local = job.parameters[name].detach().to_local()  # type: ignore[attr-defined]
+            local.copy_(torch.randn(local.shape, generator=torch.Generator().manual_seed(number)) * 0.05)
+        assert all("lora_" in name for name in job.parameters)
+        before = [bits(one).clone() for one in job.module.hf_model.parameters() if not one.requires_grad]
+        progress, losses = Progress(), []
+        for _ in range(STEPS):
+            report = train_step(job, progress, flags=tuple)
+            progress = advance(progress, report, seconds=report.seconds)
+            losses.append(report.loss)
+        after = [bits(one) for one in job.module.hf_model.parameters() if not one.requires_grad]
+        assert before
+        return losses, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def adapter_flags(folder: Path, cache_dir: Path, **settings: Any) -> str:
+    """Beside weights of transformers' own, which are the same on every device."""
+    shape = {name: settings[name] for name in ("model", "num_layers") if name in settings}
+    write_hf_folder(folder / "hf", flags_of(**shape), cache_dir=cache_dir)
+    flags = f"{flags_of(**settings)} --init_from {folder / 'hf'}"
+    return flags.format(pairs=write_pairs(folder / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "tiny_llama", **LORA},
+        {"model": "tiny_mixtral", **LORA},
+        {"model": "tiny_llama", **NF4},
+        {"model": "tiny_mixtral", **NF4},
+        {"model": "tiny_llama4", **NF4},
+        {"model": "tiny_llama", **LORA, **DPO},
+        {"model": "tiny_llama", **NF4, **DPO},
+    ],
+    ids=named,
+)
+def test_adapters_in_float32_train_as_on_the_cpu(
+    pools: Callable[[int], RankPool], gpu: RankPool, cache_dir: Path, tmp_path: Path, settings: dict
+) -> None:
+    """Experts multiply packed weights group by group; tolerances as of whole models."""
+    flags = adapter_flags(tmp_path, cache_dir, bf16=0, **settings)
+    (on_cpu, _), (on_gpu, is_unchanged) = (pool.run(adapter_losses, flags, cache_dir)[0] for pool in (pools(1), gpu))
+    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-5)
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    assert is_unchanged and on_gpu[-1] < on_gpu[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "tiny_llama", **LORA},
+        {"model": "tiny_llama", **NF4},
+        {"model": "tiny_llama", **NF4, "compile": 1},
+        {"model": "tiny_llama", **NF4, "compile": 1, "activation_checkpointing": "selective"},
+        {"model": "tiny_mixtral", **NF4},
+        {"model": "tiny_mixtral", **NF4, "compile": 1},
+        {"model": "tiny_llama4", **NF4},
+        {"model": "tiny_llama", **NF4, **DPO},
+    ],
+    ids=named,
+)
+def test_adapters_in_bf16_stay_close_to_float32(gpu: RankPool, cache_dir: Path, tmp_path: Path, settings: dict) -> None:
+    """Within 1%, with experts 2%, as whole models are."""
+    flags = adapter_flags(tmp_path, cache_dir, **settings)
+    exact = gpu.run(adapter_losses, f"{flags} --bf16 0 --compile 0 --activation_checkpointing none", cache_dir)[0][0]
+    found, is_unchanged = gpu.run(adapter_losses, f"{flags} --bf16 1", cache_dir)[0]
+    assert found == pytest.approx(exact, rel=0.01 if settings["model"] == "tiny_llama" else 0.02)
+    assert is_unchanged and found[-1] < found[0]
 
 
 # --- attention without a mask

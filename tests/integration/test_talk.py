@@ -81,7 +81,8 @@ def test_32_conversations_learnt_by_heart_are_answered(tmp_path: Path, capsys: p
         capsys.readouterr()
         assert main(["chat", str(run_dir), "--temperature=0", "--prompt", question]) == 0
         assert capsys.readouterr().out == f"{answer}\n"
-    tools = f"Tools: {json.dumps(TOOL)}"  # as the template writes them for the system
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([TOOL]))
     row = rows[-1]
     question = row["messages"][0]["content"]
-    assert typed(run_dir, question, "--system", tools) == f"{said_by_the_assistant(row)[0]}\n"
+    assert typed(run_dir, question, "--tools", str(tools)) == f"{said_by_the_assistant(row)[0]}\n"

@@ -162,6 +162,8 @@ def test_a_reference_costs_another_forward() -> None:
     head = 2 * 32_000 * 4096 * alone.micro_tokens / steps.peak_flops(alone)
     assert more.products - head == pytest.approx(6 / 4 * own.products, rel=0.01)
     assert more.attention == pytest.approx(4 / 3 * own.attention)
+    again = steps.work_of(job("llama2_7b", **{**flags, "activation_checkpointing": "full"}, objective="dpo"))
+    assert again.attention == pytest.approx(5 / 3 * own.attention)  # the reference is not recomputed
     assert more.logits == 2 * own.logits
     assert compared.flops.total > alone.flops.total
     gathers = [steps.communication(one).hidden for one in (alone, compared)]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from tests.jobs import a_job, config_of, tiny
 from tests.rank_pool import RankPool
-from tests.train.test_lora import bits
-from tests.train.test_numerics import assert_same_training
+from tests.train.test_lora import bits, refusal, resumed, some_steps
+from tests.train.test_numerics import assert_same_training, graphs_after_the_rehearsal
 from transformers import AutoModelForCausalLM
 
 from hypershard.adapters.targets import scale_of
@@ -211,9 +212,13 @@ def test_the_chosen_answers_come_to_be_preferred(
     assert is_same
 
 
-def test_one_rank_learns_as_two(pools: Callable[[int], RankPool], cache_dir: Path, pairs: Path) -> None:
-    one = pools(1).run(learn, dpo(pairs, train_batch_size=4, lora_r=4), cache_dir, 3)[0][0]
-    spread = dpo(pairs, train_batch_size=1, gradient_accumulation_steps=2, lora_r=4, sharding_strategy="zero2")
+@pytest.mark.parametrize(("model", "strategy"), [("tiny_llama", "full"), ("tiny_mixtral", "zero2")])
+def test_one_rank_learns_as_two(
+    pools: Callable[[int], RankPool], cache_dir: Path, pairs: Path, model: str, strategy: str
+) -> None:
+    common = f"{dpo(pairs)} --model {model} --num_layers 2"
+    one = pools(1).run(learn, f"{common} --train_batch_size 4", cache_dir, 3)[0][0]
+    spread = f"{common} --train_batch_size 1 --gradient_accumulation_steps 2 --sharding_strategy {strategy}"
     two = pools(2).run(learn, spread, cache_dir, 3)[0][0]
     assert_same_training([step[:2] for step in two], [step[:2] for step in one])
     assert two[2][2] == pytest.approx(one[2][2], rel=1e-3)
@@ -264,3 +269,28 @@ def test_only_preferences_teach_preferences(pools: Callable[[int], RankPool], ca
 def test_what_does_not_go_with_preferences_is_refused(cache_dir: Path, flags: str) -> None:
     with pytest.raises(ConfigError, match="dpo"):
         config_of(flags, cache_dir=cache_dir)
+
+
+def test_a_resumed_run_goes_on_exactly_and_with_the_same_loss_only(
+    pools: Callable[[int], RankPool], cache_dir: Path, pairs: Path, tmp_path: Path
+) -> None:
+    flags = dpo(pairs, lora_dropout=0.1, lr_decay_style="constant")
+    whole = pools(2).run(some_steps, f"{flags} --max_steps 4", cache_dir, tmp_path / "whole")[0][1]
+    pools(2).run(some_steps, f"{flags} --max_steps 2", cache_dir, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "refused")
+    assert pools(2).run(resumed, f"{flags} --max_steps 4", cache_dir, tmp_path / "run")[0][1] == whole[2:]
+    found = pools(1).run(refusal, f"{flags} --dpo_beta 0.2", cache_dir, tmp_path / "refused")[0]
+    assert "--dpo_beta=0.1 (this run: 0.2)" in found
+    text = f"{flags} --dataset embedded --objective next_token --restart_data 1"
+    found = pools(1).run(refusal, text, cache_dir, tmp_path / "refused")[0]
+    assert "--objective=dpo (this run: next_token)" in found
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_rehearsal_makes_all_graphs_of_reference_and_policy(
+    pools: Callable[[int], RankPool], cache_dir: Path, pairs: Path
+) -> None:
+    """More than the compiler's own limit of 8 for one code, beyond which blocks would run uncompiled."""
+    flags = dpo(pairs, num_layers=2, compile=1, train_batch_size=1, val_batch_size=2)
+    made, later = pools(1).run(graphs_after_the_rehearsal, flags, cache_dir)[0]
+    assert made > 8 and later == 0

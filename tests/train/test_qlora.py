@@ -42,7 +42,9 @@ def write_dequantised(source: Path, target: Path, formats: dict[str, Format]) ->
     hf_model.save_pretrained(target)
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mixtral --num_experts 3"])
+@pytest.mark.parametrize(
+    "model", ["tiny_llama", "tiny_mixtral --num_experts 3", "tiny_llama4 --num_experts 16 --hidden_width 64"]
+)
 def test_trains_as_beside_the_dense_model_with_the_same_values_on_one_rank_and_two(
     pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path, model: str
 ) -> None:

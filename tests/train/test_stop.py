@@ -1,9 +1,21 @@
-"""When a run ends and when it saves, by the clock and by signals."""
+"""When a run ends and when it saves, by the clock, by signals and by its validations."""
 
 import dataclasses
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from tests.jobs import config_of, tiny
+from tests.rank_pool import RankPool
+
+from hypershard.distributed.env import Surroundings
+from hypershard.distributed.process_group import World
+from hypershard.metrics.on_track import Forecast
+from hypershard.train.loop import Schedule, run
+from hypershard.train.restore import Start
+from hypershard.train.setup import build_job
 from hypershard.train.state import Progress, judged
 from hypershard.train.stop import Limits, SaveWish, StopSignals, stop_reason
 
@@ -52,3 +64,48 @@ def test_a_run_ends_early_when_validations_get_no_better() -> None:
     assert steps == [1, 2, 2, 4, 4, 4, 7]
     assert reasons == [None, None, None, None, None, "early", None]
     assert stop_reason(progress, Limits(100, None), asked=None) is None, "without a patience it never does"
+
+
+def whole_run(world: World, flags: str, cache_dir: Path, folder: Path, resume: bool) -> dict[str, Any]:
+    """Why and where a run ended, where it began, its best step, and the checkpoints it left."""
+    config = config_of(flags, cache_dir=cache_dir)
+    job = build_job(
+        config,
+        world,
+        checkpoint_dir=folder,
+        surroundings=Surroundings(),
+        alarm=print,
+        foresee=lambda model, last_step: Forecast(),
+    )
+    began: list[int] = []
+    outcome = run(
+        job,
+        Start(resume=resume, required=resume),
+        Schedule(logging=1, validation=config.train.validation_freq, save_minutes=None),
+        eval_only=False,
+        open_sinks=lambda step, last_step: began.append(step) or [],  # type: ignore[func-returns-value]
+        keep_texts=lambda step, texts: None,
+        event=lambda name, **facts: None,
+    )
+    job.data.loader.close()
+    return {
+        "reason": outcome.reason,
+        "steps": (*began, outcome.progress.step),
+        "best": outcome.progress.best_step,
+        "kept": sorted(path.name for path in folder.glob("step-*")),
+    }
+
+
+def test_a_run_of_two_ranks_ends_early_keeps_its_best_and_stays_ended(
+    pools: Callable[[int], RankPool], cache_dir: Path, tmp_path: Path
+) -> None:
+    """No loss is nine tenths lower than the first. More patience lets the run go on from where it ended."""
+    settings = {"validation_freq": 2, "validation_batches": 1, "early_stopping_min_gain": 0.9, "keep_best": 1}
+    saves = {"checkpoint_freq": 1, "keep_checkpoints": 1, "in_memory_checkpointing_freq": 0}
+    flags = tiny(train_batch_size=1, num_layers=1, **settings, **saves)
+    expected = {"reason": "early", "best": 2}
+    for patience, resume, steps in ((1, False, (0, 4)), (1, True, (4, 4)), (2, True, (4, 6))):
+        given = f"{flags} --early_stopping_patience {patience}"
+        kept = ["step-00000002", f"step-{steps[1]:08d}"]
+        found = pools(2).run(whole_run, given, cache_dir, tmp_path, resume)
+        assert found == [{**expected, "steps": steps, "kept": kept}] * 2

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..config.flags import coerce
 from ..config.schema import AdapterConfig
 from ..distributed.mesh import local_part
 from ..errors import CheckpointError, ConfigError, DataError
@@ -33,16 +35,22 @@ from .targets import Target, target_of
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _AFTER_LAYER = re.compile(r"\.(?:layers|h)\.\d+\.(.+)$")
-# Settings of PEFT's that change what the same matrices mean, and that nothing here computes.
-_UNSUPPORTED = (
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "bias",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
+# Settings of PEFT's that say nothing of what the matrices mean, or that are read here. All others must be off: they
+# change what the same matrices compute, as versions to come may.
+_UNDERSTOOD = frozenset(
+    "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode init_lora_weights "
+    "layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version qalora_group_size "
+    "r revision runtime_config target_modules target_parameters task_type use_rslora".split()
 )
+# First values that leave the base as it is; others (PiSSA, OLoRA, LoftQ) change it, and A and B alone are not the update.
+_PLAIN_STARTS = (None, True, False, "gaussian")
+_CAN_BE: dict[str, Callable[[Any], bool]] = {
+    "lora_r": lambda value: type(value) is int and value > 0,
+    "lora_alpha": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "lora_rslora": lambda value: type(value) is bool,
+    "bnb_quant_type": lambda value: type(value) is str,
+    "bnb_double_quant": lambda value: type(value) is bool,
+}
 _NAMES_SHOWN = 3
 # In the head of the weights' file, which others leave alone: what hypershard knows of the training.
 _TRAINING = "hypershard"
@@ -66,11 +74,16 @@ class PeftAdapter:
     def settings(self) -> AdapterConfig:
         """Rank, alpha and scaling, and how the base was held. Raises ConfigError where something else is set."""
         _check_kind(self.location, self.config)
-        rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise ConfigError(f"{self.location}: its {_CONFIG} has r {rank!r} and lora_alpha {alpha!r}, no numbers")
-        held = {name: self.training[name] for name in ("bnb_quant_type", "bnb_double_quant") if name in self.training}
-        return AdapterConfig(lora_r=rank, lora_alpha=alpha, lora_rslora=bool(self.config.get("use_rslora")), **held)
+        found = {
+            "lora_r": self.config.get("r"),
+            "lora_alpha": self.config.get("lora_alpha"),
+            "lora_rslora": self.config.get("use_rslora") or False,
+            **{name: self.training[name] for name in ("bnb_quant_type", "bnb_double_quant") if name in self.training},
+        }
+        for name, value in found.items():
+            if not _CAN_BE[name](value):
+                raise ConfigError(f"{self.location}: its {_CONFIG} or weights have {name} {value!r}, which cannot be")
+        return AdapterConfig(**{name: coerce(name, value, where=self.location) for name, value in found.items()})
 
     def targets(self, matrices: Sequence[Matrix]) -> list[Target]:
         """Those of a model's `matrices` that have adapters here; what fits none is met when they are read."""
@@ -104,8 +117,9 @@ def open_peft(location: str, *, flag: str) -> PeftAdapter:
         config, stored = json.loads(content[_CONFIG]), load(content[_WEIGHTS])
         head = json.loads(content[_WEIGHTS][8 : 8 + int.from_bytes(content[_WEIGHTS][:8], "little")])
         training = json.loads(head.get("__metadata__", {}).get(_TRAINING, "{}"))
-        if not isinstance(config, dict) or not isinstance(training, dict):
-            raise ValueError(f"found {type(config).__name__} and {type(training).__name__}, expected objects")
+        for value in (config, training, training.get("bit_sums", {})):
+            if not isinstance(value, dict):
+                raise ValueError(f"found {type(value).__name__}, expected an object")
     except (OSError, ValueError, TypeError, DataError, _safetensors_error()) as error:
         raise CheckpointError(
             f"{flag}={location} cannot be read as an adapter in PEFT's format: {type(error).__name__}: {error}; "
@@ -245,7 +259,7 @@ def matrices_of(adapter: PeftAdapter, targets: Sequence[Target]) -> dict[str, to
             a, b = _from_peft(one.target, stored.pop(one.key_a).float(), stored.pop(one.key_b).float())
             found |= {one.target.a.name: a, one.target.b.name: b}
     # What was asked for is taken out by now.
-    wrong = wrong or [f"{key}: found in the folder, not among the weights that get adapters" for key in stored]
+    wrong = wrong or [f"{key}: found in the folder, not among the weights that get adapters" for key in sorted(stored)]
     if wrong:
         more = f"; and {len(wrong) - _NAMES_SHOWN} more" if len(wrong) > _NAMES_SHOWN else ""
         raise CheckpointError(
@@ -258,8 +272,12 @@ def matrices_of(adapter: PeftAdapter, targets: Sequence[Target]) -> dict[str, to
 def _check_kind(location: str, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{location}: its {_CONFIG} describes no LoRA adapter (peft_type LORA)")
-    if used := [name for name in _UNSUPPORTED if config.get(name, "none") not in (None, "none", False, {}, [])]:
-        raise ConfigError(f"{location}: its {_CONFIG} sets {', '.join(used)}, which is not built")
+    off: tuple[Any, ...] = (None, "none", False, {}, [])
+    used = [name for name, value in config.items() if name not in _UNDERSTOOD and value not in off]
+    if config.get("init_lora_weights") not in _PLAIN_STARTS:
+        used.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    if used:
+        raise ConfigError(f"{location}: its {_CONFIG} sets {', '.join(sorted(used))}, which is not built")
 
 
 @torch.no_grad()

@@ -23,6 +23,10 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
+def _is_share(value: Any) -> bool:
+    return _is_positive(value) and value <= 1
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -31,9 +35,9 @@ def _is_count(value: Any) -> bool:
 _GENERATION: dict[str, Callable[[Any], bool]] = {
     "do_sample": lambda value: isinstance(value, bool),
     "temperature": _is_positive,
-    "top_p": _is_positive,
-    "min_p": _is_positive,
-    "typical_p": _is_positive,
+    "top_p": _is_share,
+    "min_p": _is_share,
+    "typical_p": _is_share,
     "repetition_penalty": _is_positive,
     "top_k": _is_count,
     "max_length": _is_count,

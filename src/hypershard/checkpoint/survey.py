@@ -58,6 +58,30 @@ def survey(place: Place) -> list[Found]:
         return sorted(pool.map(look_at, stored), key=lambda found: found.order, reverse=True)
 
 
+@dataclass(frozen=True)
+class Best:
+    """The lowest validation loss of a run, the step after which it was measured, and whether that is still there."""
+
+    loss: float
+    step: int
+    is_kept: bool
+
+
+def best_of(found: list[Found]) -> Best | None:
+    """What the newest complete checkpoint of `found`, in the order of `survey`, says of the run's validations.
+
+    None where it says nothing, or there is none. Raises DamagedCheckpoint.
+    """
+    complete = [one for one in found if one.is_complete]
+    if not complete:
+        return None
+    newest = complete[0].stored
+    best = newest.facts(newest.manifest()).get("best")
+    if best is None:
+        return None
+    return Best(best["loss"], best["step"], any(one.stored.step == best["step"] for one in complete))
+
+
 def look_at(stored: StoredCheckpoint) -> Found:
     """Compare the sizes of the files of one checkpoint with its manifest."""
     if not stored.is_finished:

@@ -14,7 +14,7 @@ from .checkpoint_diff import diff_checkpoints
 from .checkpoint_export import default_workers, export
 from .checkpoint_list import list_checkpoints
 from .checkpoint_memory import prune_memory
-from .checkpoint_places import stored_at
+from .checkpoint_places import PLACE, add_step, stored_at
 from .checkpoint_transfer import copy, verify
 
 Actions: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -41,11 +41,10 @@ examples:
   hypershard checkpoint prune runs/demo --keep 2 --keep_every 1000 --dry_run
   hypershard checkpoint prune --memory
   hypershard checkpoint diff runs/demo@40 runs/demo@60 --tensors 'model/*'
-  hypershard checkpoint export runs/demo --output models/demo --dtype bfloat16
+  hypershard checkpoint export runs/demo --output models/demo --step best --dtype bfloat16
   hypershard checkpoint export s3://bucket/demo --step 60 --output s3://bucket/models/demo --num_workers 4
   hypershard checkpoint export models/base --adapter adapters/law --adapter s3://bucket/tone:0.5 --output models/both
 """
-_PLACE = "run directory, checkpoint directory, one step's directory, or an s3:// URI of one"
 _NEWEST = "only the checkpoint of this step; default: the one that a resume would take"
 
 
@@ -59,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|verify|copy|prune|diff|export")
     action = _action(actions, "list", "show everything that was saved, in the order in which a resume would take it")
-    action.add_argument("place", metavar="PLACE", help=f"{_PLACE}; or a folder of adapters in PEFT's format")
+    action.add_argument("place", metavar="PLACE", help=f"{PLACE}; or a folder of adapters in PEFT's format")
     action.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     action = _action(actions, "verify", "check every byte; exit code 2 if anything is damaged")
-    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("place", metavar="PLACE", help=PLACE)
     action.add_argument("--step", type=int, metavar="N", help="only the checkpoints of this step; default: all")
     _add_copy(actions)
     _add_prune(actions)
@@ -81,7 +80,7 @@ def _add_copy(actions: Actions) -> None:
         "unchanged, and nothing finished is ever overwritten. The run's id, config.yaml and tokenizer go along"
     )
     action = _action(actions, "copy", text)
-    action.add_argument("place", metavar="PLACE", help=_PLACE)
+    action.add_argument("place", metavar="PLACE", help=PLACE)
     action.add_argument(
         "destination", metavar="DESTINATION", help="folder, run directory or s3://bucket/prefix that is to hold it"
     )
@@ -105,7 +104,7 @@ def _add_prune(actions: Actions) -> None:
         "be) has it mapped, no agent serves it, and it was not touched for an hour"
     )
     action = _action(actions, "prune", text)
-    action.add_argument("place", metavar="PLACE", nargs="?", help=_PLACE)
+    action.add_argument("place", metavar="PLACE", nargs="?", help=PLACE)
     action.add_argument("--keep", type=_positive, metavar="K", help="newest complete checkpoints that stay")
     action.add_argument("--keep_every", type=_positive, metavar="N", help="multiples of N steps stay too")
     action.add_argument("--dry_run", action="store_true", help="only say what would be deleted")
@@ -128,7 +127,7 @@ def _add_diff(actions: Actions) -> None:
     )
     action = _action(actions, "diff", text)
     for name in ("A", "B"):
-        action.add_argument(name.lower(), metavar=name, help="PLACE (its newest checkpoint) or PLACE@STEP")
+        action.add_argument(name.lower(), metavar=name, help="PLACE (its newest checkpoint), PLACE@STEP or PLACE@best")
     action.add_argument("--tensors", metavar="PATTERN", help="only tensors of such names ('model/*'), and no facts")
     action.add_argument("--no_values", action="store_true", help="compare names, shapes and dtypes only")
 
@@ -139,8 +138,8 @@ def _add_export(actions: Actions) -> None:
         "Cut off, the same command goes on and the result is the same to the byte. Every byte read is verified"
     )
     action = _action(actions, "export", text)
-    action.add_argument("place", metavar="PLACE", help=_PLACE)
-    action.add_argument("--step", type=int, metavar="N", help=_NEWEST)
+    action.add_argument("place", metavar="PLACE", help=PLACE)
+    add_step(action)
     action.add_argument(
         "--output", required=True, metavar="DIR", help="new directory of the model, or s3://bucket/prefix"
     )

@@ -62,7 +62,7 @@ def whole_weights(stored: StoredCheckpoint, *, base: str | None, more: Sequence[
             raise CheckpointError(f"--base={base} acts only on adapters, and {stored.location} holds a whole model")
         return MergedWeights(weights, parts, location=stored.location) if parts else weights
     assert isinstance(weights, CheckpointWeights)
-    location = _base(facts, base)
+    location = base_location(facts, base)
     own = CheckpointAdapters(weights, facts, location=stored.location)
     return MergedWeights(FolderWeights(base_folder(location), model), [own, *parts], location=location)
 
@@ -82,7 +82,8 @@ def base_folder(location: str) -> ModelFolder:
     return find_model_folder(location, Path(DataConfig().cache_dir).expanduser())
 
 
-def _base(facts: Mapping[str, Any], given: str | None) -> str:
+def base_location(facts: Mapping[str, Any], given: str | None) -> str:
+    """Where the weights lie that a checkpoint's adapters stand beside. Raises CheckpointError for random ones."""
     base = given or str(facts["base"]["init_from"])
     if base == "scratch":
         raise CheckpointError(

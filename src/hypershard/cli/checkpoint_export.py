@@ -158,6 +158,8 @@ def _checkpoint(args: argparse.Namespace, source: Stored, output: str) -> Iterat
             f"--from {args.tier} needs room on a disk: expected --output to be a directory; or take it to the bucket "
             f"by `hypershard checkpoint copy --from {args.tier}` and export that"
         )
+    if args.step == "best":
+        raise CheckpointError(f"--step=best with --from {args.tier}: what nodes hold is the newest; give --step=N")
     blobs = whole_set(source, args.tier, args.step)
     folder = Path(output).absolute()
     target = DiskStore(folder.with_name(f".{folder.name}.checkpoint"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..checkpoint.node_blobs import BlobSet
 from ..checkpoint.survey import Condition, Found
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DamagedCheckpoint
 from ..units import format_bytes
 from .checkpoint_list_adapters import AdapterRow, checkpoint_row, folder_row, is_adapter_folder
 from .checkpoint_places import Whereabouts, whereabouts
@@ -42,9 +42,13 @@ def list_checkpoints(place: str, *, as_json: bool) -> int:
         return 0
     seen = whereabouts(place)
     stored = seen.stored
-    adapters = _adapters(seen)
     rows = sorted(_rows(seen), key=_order, reverse=True)
     damage = [text for tier in seen.on_node for text in tier.blobs.damage]
+    try:
+        adapters = _adapters(seen)
+    except DamagedCheckpoint as error:
+        adapters = None
+        damage.append(str(error))
     if not (rows or damage):
         silent = "".join(f"; {text}" for text in seen.silent.values())
         raise CheckpointError(f"{stored.location}: found no checkpoint (a folder named step-XXXXXXXX){silent}")
@@ -75,9 +79,10 @@ def list_checkpoints(place: str, *, as_json: bool) -> int:
 
 
 def _adapters(seen: Whereabouts) -> AdapterRow | None:
-    """Of the newest complete checkpoint; all of a run have the same settings."""
+    """Of the newest complete checkpoint."""
     complete = [found for found in (*seen.stored.found, *seen.in_bucket) if found.is_complete]
-    return checkpoint_row(complete[0].stored, size_bytes=complete[0].size_bytes) if complete else None
+    newest = max(complete, key=lambda found: _order(_stored_row(found)), default=None)
+    return None if newest is None else checkpoint_row(newest.stored, size_bytes=newest.size_bytes)
 
 
 def _rows(seen: Whereabouts) -> list[Row]:

@@ -13,11 +13,13 @@ from ..checkpoint.manifest import StoredCheckpoint
 from ..checkpoint.stores import open_store
 from ..config.schema import AdapterConfig, ModelConfig
 from ..errors import CheckpointError, UserError
-from ..units import format_bytes, format_count
+from ..units import format_bytes, format_count, quoted
 from .checkpoint_adapters import base_folder
 from .checkpoint_merge import FolderAdapters, FolderWeights, GivenAdapter
 
 _IN_LAYER = re.compile(r".*\.(?:layers|h)\.\d+\.(?:.*\.)?(?:self_attn|attn|mlp|feed_forward)\.(?P<end>.+)")
+_ELSEWHERE = "not on this machine, so not compared"
+_BASE_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class AdapterRow:
         scaling = f"alpha {self.alpha:g}" + (", rank-stabilised" if self.rank_stabilised else "")
         parameters = "" if self.num_parameters is None else f"{format_count(self.num_parameters)} parameters, "
         step = "" if self.step is None else f"step {self.step}, "
+        base = "a model not named" if self.base is None else quoted(self.base, most=_BASE_SHOWN)
         return (
             f"adapters {step}rank {self.rank}, {scaling}, {parameters}{format_bytes(self.size_bytes)}: "
-            f"{', '.join(self.targets)}\n         beside {self.base or 'a model not named'}: {self.fit}"
+            f"{', '.join(self.targets)}\n         beside {base}: {self.fit}"
         )
 
 
@@ -98,12 +101,19 @@ def checkpoint_row(stored: StoredCheckpoint, *, size_bytes: int) -> AdapterRow |
     )
 
 
+def _is_here(base: str) -> bool:
+    """Whether it is a folder of this machine. An adapter may name any hub or bucket; none is asked on its word."""
+    return "://" not in base and Path(base).expanduser().is_dir()
+
+
 def _fit_of_folder(place: str, base: str | None) -> str:
     from ..checkpoint.hf_folder import local_copy
     from ..models.from_hf import model_of_folder
 
     if base is None:
         return "nothing to compare with"
+    if not _is_here(base):
+        return _ELSEWHERE
     try:
         with tempfile.TemporaryDirectory(prefix="hypershard-") as folder:
             model = model_of_folder(local_copy(base_folder(base), Path(folder)), location=base)
@@ -114,6 +124,8 @@ def _fit_of_folder(place: str, base: str | None) -> str:
 
 
 def _fit(base: str, model: ModelConfig) -> str:
+    if not _is_here(base):
+        return _ELSEWHERE
     try:
         FolderWeights(base_folder(base), model)
     except CheckpointError as error:

@@ -53,6 +53,23 @@ class Beside:
     bit_sums: Mapping[str, int]
     formats: Mapping[str, Format]
 
+    @classmethod
+    def of_checkpoint(cls, facts: Mapping[str, Any]) -> Beside:
+        """What a checkpoint of adapters says."""
+        model, config = ModelConfig(**facts["model"]), AdapterConfig(**facts["adapters"])
+        names = [spec.name for spec in family_of(model.model_type).parameters(model)]
+        return cls(dict(zip(names, facts["base"]["bit_sums"], strict=True)), nf4_formats(model, config))
+
+    def check(self, name: str, held: Sequence[torch.Tensor], *, base: str, adapters: str) -> None:
+        """Raise CheckpointError where `held`, a weight of `base` or what holds it in NF4, is not what it was."""
+        from ..adapters.lora import bit_sum
+
+        if sum(int(bit_sum(one)) for one in held) != self.bit_sums.get(name):
+            raise CheckpointError(
+                f"{base} is not the model that the adapters of {adapters} were trained beside: {name} has other "
+                f"values; give that model"
+            )
+
 
 class Adapters(Protocol):
     """Adapters of one origin. `targets` are by the name of the weight, `scale` is all that B A is multiplied by."""
@@ -72,14 +89,12 @@ class CheckpointAdapters:
 
     def __init__(self, weights: CheckpointWeights, facts: Mapping[str, Any], *, location: str):
         model, config = ModelConfig(**facts["model"]), AdapterConfig(**facts["adapters"])
-        names = [spec.name for spec in family_of(model.model_type).parameters(model)]
         self.location = location
         self.targets: Mapping[str, Target] = {
             target.matrix.spec.name: target for target in adapter_targets(model, config)
         }
         self.scale = scale_of(config)
-        sums = dict(zip(names, facts["base"]["bit_sums"], strict=True))
-        self.beside: Beside | None = Beside(sums, nf4_formats(model, config))
+        self.beside: Beside | None = Beside.of_checkpoint(facts)
         self.identity = weights.identity
         self._weights = weights
 
@@ -198,7 +213,6 @@ class MergedWeights:
             yield name, weights.pop(name)
 
     def _check(self, name: str, weight: torch.Tensor, part: Adapters) -> None:
-        from ..adapters.lora import bit_sum
         from ..adapters.nf4_ops import packed_parts
 
         if part.beside is None:
@@ -206,11 +220,7 @@ class MergedWeights:
         held: tuple[torch.Tensor, ...] = (weight,)
         if name in part.beside.formats:
             held = packed_parts(weight, double_quant=part.beside.formats[name].double_quant)
-        if sum(int(bit_sum(one)) for one in held) != part.beside.bit_sums.get(name):
-            raise CheckpointError(
-                f"{self._location} is not the model that the adapters of {part.location} were trained beside: {name} "
-                f"has other values; give that model"
-            )
+        part.beside.check(name, held, base=self._location, adapters=part.location)
 
 
 def _pair(target: Target | None) -> tuple[str, ...]:

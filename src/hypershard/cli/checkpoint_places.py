@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from ..checkpoint.manifest import Place, StoredCheckpoint, existing_place
 from ..checkpoint.node_blobs import BlobSet, NodeBlobs, blobs_below, run_root
 from ..checkpoint.stores import DiskStore, open_store, run_of
-from ..checkpoint.survey import Condition, Found, survey
+from ..checkpoint.survey import Condition, Found, best_of, survey
 from ..checkpoint.transfer import configuration_of
 from ..config.schema import CheckpointConfig
 from ..config.sources import Layer, read_yaml, resolve
@@ -17,7 +19,31 @@ from ..errors import CheckpointError, ConfigError, StorageError
 from ..log import logger
 from ..storage import local_path
 
-_AT_STEP = re.compile(r"(.+)@(\d+)")
+PLACE = "run directory, checkpoint directory, one step's directory, or an s3:// URI of one"  # in helps
+_AT_STEP = re.compile(r"(.+)@(\d+|best|newest)")
+
+Step: TypeAlias = int | Literal["best"] | None
+"""Which checkpoint of a run is meant: None: the one that a resume would take; 'best': of the lowest validation loss."""
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """The flag --step, a `Step`."""
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N|best|newest",
+        help="the checkpoint of this step, or of the lowest validation loss; default: newest, as of a resume",
+    )
+
+
+def _step(text: str) -> Step:
+    if text == "newest":
+        return None
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a step's number, 'best' or 'newest'")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -125,13 +151,15 @@ def on_this_node(stored: Stored, silent: dict[str, str]) -> tuple[OnNode, ...]:
     return tuple(tiers)
 
 
-def chosen(stored: Stored, step: int | None) -> Found:
-    """The complete checkpoint of `step`, or the one that a resume would take first; damaged ones are named.
+def chosen(stored: Stored, step: Step) -> Found:
+    """The complete checkpoint that `step` means; damaged ones that a resume would take before it are named.
 
     Raises CheckpointError when there is none.
     """
     found = stored.found
     complete = [one for one in found if one.is_complete]
+    if step == "best":
+        step = _best_step(stored) if complete else None
     wanted = [one for one in complete if step in (None, one.stored.step)]
     if wanted:
         for one in found[: found.index(wanted[0])] if step is None else ():
@@ -147,11 +175,27 @@ def chosen(stored: Stored, step: int | None) -> Found:
     raise CheckpointError(f"{stored.location}: found no checkpoint (a folder named step-XXXXXXXX)")
 
 
+def _best_step(stored: Stored) -> int:
+    best = best_of(stored.found)
+    if best is None:
+        raise CheckpointError(
+            f"--step=best: {stored.location}: nothing was validated before its newest checkpoint; give --step=N, or "
+            f"--step=newest"
+        )
+    if not best.is_kept:
+        steps = ", ".join(str(one.stored.step) for one in stored.found if one.is_complete)
+        raise CheckpointError(
+            f"--step=best: the lowest validation loss, {best.loss:.4f}, was that of step {best.step}, which "
+            f"{stored.location} does not keep any more; it has steps {steps}"
+        )
+    return best.step
+
+
 def one_checkpoint(text: str) -> StoredCheckpoint:
     """The checkpoint that `PLACE` or `PLACE@STEP` names: its only one, that step's, or the newest."""
     match = _AT_STEP.fullmatch(text)
-    where, step = (match[1], int(match[2])) if match else (text, None)
+    where, step = (match[1], _step(match[2])) if match else (text, None)
     stored = stored_at(where)
-    if step is not None and stored.place.folder is not None:
+    if match and stored.place.folder is not None:
         raise CheckpointError(f"{text}: {where} is one checkpoint already; expected PLACE@STEP or a step's folder")
     return chosen(stored, step).stored

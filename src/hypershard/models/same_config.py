@@ -6,6 +6,7 @@ the same weights compute and leave no trace in any shape.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ _BUILT = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
 )
+_TUNING = "attn_temperature_tuning"
 
 
 def text_config(directory: Path, *, location: str) -> dict[str, Any]:
@@ -58,10 +60,19 @@ def text_config(directory: Path, *, location: str) -> dict[str, Any]:
     Raises ConfigError when transformers cannot read it. None of the folder's code is run.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        content = json.loads((directory / "config.json").read_text())
+        text = content.get("text_config", content)
+        if isinstance(text.get(_TUNING), int):  # transformers 4.51 wrote its default, a condition, as 4
+            text[_TUNING] = bool(text[_TUNING])
+            config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+        else:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         found: dict[str, Any] = config.get_text_config().to_dict()
+        if "head_dim" in found and found["head_dim"] is None:  # of Mixtral, whose file leaves it out
+            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
         return found
     except Exception as error:  # of transformers, huggingface_hub and the file system, which share no base
         raise ConfigError(f"{location}: its config.json cannot be used: {error}") from error

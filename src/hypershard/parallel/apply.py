@@ -15,6 +15,10 @@ from .fsdp import ShardedModule, shard
 from .init import materialise
 from .offload import offload_activations
 
+# Of one block's code: with and without gradients of its input, a mask, adapters; in training and validation; for each
+# kind of layer. Beyond torch's own limit of 8 it would go on uncompiled.
+_MOST_GRAPHS = 64
+
 
 def apply(
     root: nn.Module,
@@ -38,6 +42,8 @@ def apply(
     4. fully_shard, block by block, then the root;
     5. materialisation of each rank's shards only.
     """
+    if parallel.compile:
+        torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     for block in blocks:
         if parallel.activation_checkpointing != "none":
             checkpoint_activations(block, parallel.activation_checkpointing, low_rank=low_rank, is_product=is_product)

@@ -27,7 +27,6 @@ def this_machine(*, instance_type: str, gpu_name: str | None, gpu_memory_mib: in
     for row in instances():
         if row.name == instance_type and row.gpu == gpu and row.num_gpus >= num_ranks:
             return dataclasses.replace(row, num_gpus=num_ranks)
-    ram_bytes = _ram_bytes()
     gpu_mib = gpu_memory_mib or int(gpu.memory_gib * 1024)
     like = [row for row in instances() if row.gpu == gpu and row.interconnect is not None]
     return Instance(
@@ -36,7 +35,7 @@ def this_machine(*, instance_type: str, gpu_name: str | None, gpu_memory_mib: in
         num_gpus=num_ranks,
         gpu_memory_mib=gpu_mib,
         num_vcpus=len(os.sched_getaffinity(0)),
-        ram_gib=ram_bytes // 2**30,
+        ram_gib=ram_bytes() // 2**30,
         nvme_gb=0,
         efa_interfaces=0,
         network_gbit_per_second=10.0,  # between nodes; nobody knows
@@ -55,7 +54,7 @@ def _cpu(num_ranks: int) -> Gpu:
         bf16_tflops=_TFLOPS_PER_CORE * cores,
         fp16_tflops=None,
         fp8_tflops=None,
-        memory_gib=_ram_bytes() / 2**30 / num_ranks,
+        memory_gib=ram_bytes() / 2**30 / num_ranks,
         memory_tb_per_second=_TB_PER_SECOND_PER_CORE * cores,
         source="a guess",
         date="",
@@ -76,7 +75,7 @@ def _unknown(name: str, memory_mib: int | None) -> Gpu:
     )
 
 
-def _ram_bytes() -> int:
+def ram_bytes() -> int:
     """This node's memory, or the part of it that this container may use."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _LIMITS:

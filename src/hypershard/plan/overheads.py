@@ -14,7 +14,7 @@ from ..optim.replan import reserve_hours, steps_that_fit
 from ..units import format_seconds
 from .bytes import state_bytes
 from .job import Job, sizes_of
-from .steps import communication, host_bytes_per_second
+from .steps import communication, host_bytes_per_second, recomputed_share
 
 # Assumptions, on a cluster: processes up and torch imported from a shared disk, the network joined, weights made and
 # the rehearsal's first batches; the same of a small model on cores at hand; and blocks compiled, where they are.
@@ -23,8 +23,6 @@ START_SECONDS_ON_CPU = 10.0
 COMPILE_SECONDS = 120.0
 # Of one node to a shared file system or S3, in 10^9 bytes a second; an assumption: measure with `hypershard doctor`.
 DISK_GB_PER_SECOND = 1.0
-# Of a micro-step: forward is a third of the FLOPs of forward and backward; with a reference two quarters.
-_FORWARD_SHARE, _FORWARD_SHARE_WITH_REFERENCE = 1 / 3, 1 / 2
 _PROMPT_TOKENS = 32  # of a text written at a validation; an assumption where prompts are conversations
 _PUBLISHED_BYTES = 2  # of a weight in a published model, which is in bfloat16
 
@@ -134,8 +132,13 @@ def _load_seconds(job: Job) -> float:
 def _validation_seconds(job: Job, step_seconds: float) -> float:
     sequences = job.data.val_batch_size or job.data.train_batch_size
     micro_seconds = step_seconds / job.accumulation * sequences / job.data.train_batch_size
-    share = _FORWARD_SHARE_WITH_REFERENCE if job.has_reference else _FORWARD_SHARE
-    return job.train.validation_batches * micro_seconds * share
+    return job.train.validation_batches * micro_seconds * (1 + job.has_reference) * _forward_share(job)
+
+
+def _forward_share(job: Job) -> float:
+    """Of a micro-step's FLOPs one forward's: backward has twice as many, or beside frozen weights as many."""
+    backward = 1 if job.has_adapters else 2
+    return 1 / (1 + job.has_reference + recomputed_share(job) + backward)
 
 
 def _texts_seconds(job: Job, step_seconds: float) -> float:
@@ -149,7 +152,7 @@ def _texts_seconds(job: Job, step_seconds: float) -> float:
     rows_of_rank = -(-train.validation_texts // job.num_gpus)
     num_rows = min(data.val_batch_size or data.train_batch_size, rows_of_rank)
     width = min(_PROMPT_TOKENS + train.validation_text_tokens, job.model.max_context_width)
-    computing = step_seconds / job.accumulation * _FORWARD_SHARE * num_rows * width / job.micro_tokens
+    computing = step_seconds / job.accumulation * _forward_share(job) * num_rows * width / job.micro_tokens
     gathering = 0.0
     if job.parallel.sharding_strategy in ("full", "hybrid"):
         # A micro-step gathers the blocks so often, and reduces in float32 what is trained: adapters are few.

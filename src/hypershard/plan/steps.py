@@ -152,8 +152,8 @@ def work_of(job: Job) -> Work:
     # Forward of the blocks alone; the loss keeps its gradient and recomputes nothing, but that of preferences.
     whole = family_of(model.model_type).flops_per_token(model, context_tokens=model.max_context_width)
     forward = whole.matmul / 3 - head
-    again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
-    attended_again = 1 / 3 if job.parallel.activation_checkpointing == "full" else 0.0
+    again = recomputed_share(job)
+    attended_again = whole.attention / 3 if job.parallel.activation_checkpointing == "full" else 0.0
     # A mask leaves dense attention the whole square; flash attention skips the half that is masked.
     square = 2.0 if job.attention_path == "dense" and job.data.document_mask else 1.0
     peak, bandwidth = peak_flops(job), job.instance.gpu.memory_tb_per_second * 1e12
@@ -161,11 +161,16 @@ def work_of(job: Job) -> Work:
     saved = tokens * saved_by_token(job).whole * model.num_layers * (_PASSES + recomputed + job.has_reference)
     return Work(
         products=tokens * (flops.matmul + again * forward + job.has_reference * head) / peak,
-        attention=tokens * flops.attention * (1 + attended_again) * square / peak,
+        attention=tokens * (flops.attention + attended_again) * square / peak,
         memory=(saved + _unpacked_bytes(job)) / bandwidth,
         logits=tokens * vocab * _LOGIT_BYTES * (1 + job.has_reference) / bandwidth,
         network=communication(job).hidden,
     )
+
+
+def recomputed_share(job: Job) -> float:
+    """Of the blocks' forward, what backward computes again."""
+    return {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
 
 
 def _unpacked_bytes(job: Job) -> float:
@@ -173,8 +178,7 @@ def _unpacked_bytes(job: Job) -> float:
 
     A pass costs its code and its number in bfloat16 where one kernel does it, 14 bytes by parts (adapters/nf4.py).
     """
-    again = {"none": 0.0, "selective": _SECOND_RECOMPUTED, "full": 1.0}[job.parallel.activation_checkpointing]
-    passes = 2 + job.has_reference + again
+    passes = 2 + job.has_reference + recomputed_share(job)
     num_bytes = _UNPACK_BYTES_COMPILED if job.parallel.compile else _UNPACK_BYTES
     formats = nf4_formats(job.model, job.adapters)
     return passes * num_bytes * sum(math.prod(layout.shape) for layout in formats.values())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..checkpoint.manifest import find_place
+from ..checkpoint.survey import Best, best_of, survey
+from ..errors import CheckpointError, DataError, StorageError
 from ..metrics.sinks import read_json_lines
 from ..storage import read_json
 
@@ -47,6 +51,7 @@ class RunSummary:
     """A run's numbers. Losses in nats per token, or per pair of answers, of which `preference_accuracy` is the share
     whose chosen answer was preferred at the last validation; speeds are medians over the logged steps but the first.
 
+    `best`: of several validations the lowest loss; None: there was one at most.
     `data_share`: of the time in steps, what rank 0 waited for its batches; `padding`: mean share of its inputs that
     only fill up rows.
     `texts`: what the model wrote at validations, in the prompts' order.
@@ -58,6 +63,7 @@ class RunSummary:
     losses: tuple[float, ...]
     validation_losses: tuple[tuple[int, float], ...]
     preference_accuracy: float | None
+    best: Best | None
     texts: tuple[Written, ...]
     tokens: int
     seconds: float
@@ -86,6 +92,7 @@ def read_run(run_dir: Path) -> RunSummary:
         steps=tuple(record["step"] for record in training),
         losses=tuple(record["loss"] for record in training),
         validation_losses=tuple((record["step"], record["validation_loss"]) for record in validations),
+        best=_best(run_dir, validations),
         texts=_texts(run_dir),
         preference_accuracy=validations[-1].get("validation_preference_accuracy") if validations else None,
         tokens=training[-1]["tokens"],
@@ -120,6 +127,18 @@ def _against_plan(run_dir: Path, last: dict[str, Any]) -> AgainstPlan | None:
         dollars_spent=last.get("training/dollars_spent"),
         dollars_to_come=last.get("training/dollars_to_come"),
     )
+
+
+def _best(run_dir: Path, validations: list[dict[str, Any]]) -> Best | None:
+    """As the newest checkpoint has it, because --step=best means that one; without a checkpoint, the lowest."""
+    losses = {record["step"]: record["validation_loss"] for record in validations}
+    if len(losses) < 2:
+        return None
+    with contextlib.suppress(CheckpointError, StorageError):
+        if best := best_of(survey(find_place(str(run_dir)))):
+            return best
+    step = min(losses, key=lambda step: (math.isnan(losses[step]), losses[step]))
+    return Best(losses[step], step, is_kept=False)
 
 
 def _texts(run_dir: Path) -> tuple[Written, ...]:

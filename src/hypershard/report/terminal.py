@@ -30,6 +30,9 @@ def render(run: RunSummary) -> str:
         else:
             means = f"the chosen answer is preferred in {run.preference_accuracy:.1%} of the pairs"
         lines.append(f"validation {loss:.4f} at step {step}, {means}")
+    if run.best is not None:
+        kept = "kept" if run.best.is_kept else "not kept"
+        lines.append(f"best       {run.best.loss:.4f} at step {run.best.step}, {kept}")
     mfu = "" if run.mfu is None else f", MFU {run.mfu:.1%}"
     lines.append(
         f"speed      {format_count(run.tokens_per_second)} tokens/s{mfu}; {format_count(run.tokens)} tokens "

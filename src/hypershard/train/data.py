@@ -61,10 +61,10 @@ def open_data(config: Config, world: World, origin: Origin | None) -> Dataset:
     DataError, StorageError: as `open_dataset` raises them; a rank that leaves with one ends the wait of the others.
     ConfigError: the ranks differ in flags or files.
     """
-    data = config.data
+    data = config.data_read
     if origin is not None and origin.tokenizer is not None:
         data = with_tokenizer_of_model(data, origin.tokenizer)
-        if data != config.data:
+        if data.tokenizer != config.data.tokenizer:
             logger.info(f"no --tokenizer given: that of --init_from={config.train.init_from} is used")
     dataset = open_dataset(data) if world.ranks.local_rank == 0 else None
     barrier()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config.schema import AdapterConfig
+from ..config.schema import AdapterConfig, LearningConfig
 from ..errors import CheckpointError
 from ..log import logger
 from ..models.family import family_of
@@ -58,6 +58,7 @@ def restore(job: Job, start: Start) -> Progress:
         logger.info("no checkpoint to go on from; starting at step 0")
         return Progress()
     _refuse_other_model(job, facts)
+    _refuse_other_learning(job, facts)
     _refuse_other_adapters(job, facts)
     progress = progress_from(facts)
     set_step_count(job.optimizer, progress.optimizer_steps)
@@ -98,6 +99,17 @@ def _refuse_other_model(job: Job, facts: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint holds another model: it has {found}, this run {expected}; "
             f"change these flags, or --resume_from_checkpoint"
+        )
+
+
+def _refuse_other_learning(job: Job, facts: Mapping[str, Any]) -> None:
+    """Another loss's moments and lowest validation mean nothing here, and a reference must be what it was."""
+    now, then = dataclasses.asdict(job.learning), dataclasses.asdict(LearningConfig(**facts.get("learning", {})))
+    different = [f"--{name}={then[name]} (this run: {now[name]})" for name in now if then[name] != now[name]]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint was trained with {', '.join(different)}; give the same, or start anew from what "
+            f"`hypershard checkpoint export` makes of it, with --init_from"
         )
 
 

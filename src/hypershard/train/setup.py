@@ -19,7 +19,7 @@ from ..adapters.targets import adapter_specs, adapter_targets, trained_flops
 from ..catalog.gpus import gpu_by_device_name
 from ..checkpoint.manager import CheckpointManager
 from ..config.checks import accumulation_steps, check_vocabulary, check_world
-from ..config.schema import AdapterConfig, Config, ModelConfig, OptimConfig
+from ..config.schema import AdapterConfig, Config, LearningConfig, ModelConfig, OptimConfig
 from ..data.open import Dataset
 from ..distributed.env import Surroundings
 from ..distributed.mesh import build_mesh
@@ -56,6 +56,7 @@ class Job:
     seed: int
     model: ModelConfig
     adapters: AdapterConfig
+    learning: LearningConfig
     optim: OptimConfig
     module: LanguageModel
     attention: Attention
@@ -108,6 +109,7 @@ class Job:
             "model": dataclasses.asdict(self.model),
             "adapters": dataclasses.asdict(self.adapters) if self.base else None,
             "base": dataclasses.asdict(self.base) if self.base else None,
+            "learning": dataclasses.asdict(self.learning),
             **self.data.facts(),
             "samples_per_step": self.samples_per_step,
             "eos_token_id": self.eos_token_id,
@@ -168,6 +170,7 @@ def build_job(
         seed=config.data.seed,
         model=model,
         adapters=config.adapters,
+        learning=config.learning,
         optim=config.optim,
         module=module,
         attention=attention,

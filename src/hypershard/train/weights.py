@@ -9,10 +9,10 @@ from torch import nn
 
 from ..adapters.lora import bit_sums
 from ..adapters.nf4_weights import Nf4Weight, nf4_weights
-from ..adapters.peft_format import load_peft, open_peft
+from ..adapters.peft_format import PeftAdapter, load_peft, open_peft
 from ..adapters.targets import adapter_specs, adapter_targets
 from ..checkpoint.hf import load_hf_weights
-from ..config.schema import Config, ModelConfig
+from ..config.schema import AdapterConfig, Config, ModelConfig
 from ..log import logger
 from ..models.family import ParameterSpec, family_of
 from ..models.same_config import refuse_other_config
@@ -63,13 +63,28 @@ def first_weights(
         return None
     if init_from == "scratch":
         logger.warning("--lora_r without --init_from: adapters are trained beside random weights, of no use but to try")
+    adapter = None
     if config.adapters.lora_init_from is None:
         initialise(parameters, adapter_specs(targets), seed=seed, device=device)
     else:
         adapter = open_peft(config.adapters.lora_init_from, flag="--lora_init_from")
         load_peft(adapter, config.adapters, targets, parameters)
     held = [packed[spec.name].parts() if spec.name in packed else (parameters[spec.name],) for spec in specs]
-    return Base(init_from, bit_sums(held, num_replicas=num_replicas, device=device))
+    base = Base(init_from, bit_sums(held, num_replicas=num_replicas, device=device))
+    if adapter is not None:
+        _warn_of_another_base(adapter, config.adapters, dict(zip((one.name for one in specs), base.bit_sums, strict=True)))
+    return base
+
+
+def _warn_of_another_base(adapter: PeftAdapter, adapters: AdapterConfig, bit_sums: dict[str, int]) -> None:
+    """Where the adapter says beside which weights it was trained, held as these are."""
+    theirs, names = adapter.training.get("bit_sums"), ("bnb_quant_type", "bnb_double_quant")
+    is_held_so = all(getattr(adapter.settings, name) == getattr(adapters, name) for name in names)
+    if theirs is not None and is_held_so and theirs != bit_sums:
+        logger.warning(
+            f"--lora_init_from={adapter.location} was trained beside other weights than --init_from's; it goes on beside "
+            f"these"
+        )
 
 
 def _draw_packed(weight: Nf4Weight, spec: ParameterSpec, *, seed: int, device: torch.device) -> None:

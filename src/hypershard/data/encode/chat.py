@@ -86,10 +86,10 @@ class ChatRenderer:
             is_answered=messages[-1]["role"] == "assistant",
         )
 
-    def prompt(self, messages: list[dict[str, Any]]) -> str:
+    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
         """The messages with the header of the assistant's answer to come. Refused: as of `render`."""
-        self._refuse_forged(Conversation(messages=messages, tools=None))
-        return _Writer(self._template.text, None, self._variables).write(messages, prompt=True)
+        self._refuse_forged(Conversation(messages=messages, tools=tools))
+        return _Writer(self._template.text_for(tools), tools, self._variables).write(messages, prompt=True)
 
     def end_of_turn(self) -> str | None:
         """The special token that ends an answer; None where the template writes none."""

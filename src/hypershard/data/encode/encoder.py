@@ -118,8 +118,9 @@ def guess_kind(document: RawDocument, *, text_field: str, messages_field: str) -
         return TEXT
     if isinstance(row.get(messages_field), list):
         return CHAT
-    is_pair = row.get(CHOSEN_FIELD) is not None and row.get(REJECTED_FIELD) is not None
-    return PREFERENCE if is_pair and row.get(messages_field) is row.get(text_field) is None else TEXT
+    is_there = {name: row.get(name) is not None for name in (CHOSEN_FIELD, REJECTED_FIELD, messages_field, text_field)}
+    is_pair = is_there[CHOSEN_FIELD] and is_there[REJECTED_FIELD]
+    return PREFERENCE if is_pair and not (is_there[messages_field] or is_there[text_field]) else TEXT
 
 
 class _TextEncoder:

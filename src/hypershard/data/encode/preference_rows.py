@@ -86,7 +86,13 @@ def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], *, tools: li
     if answers[0] == answers[1]:
         raise Refused(SAME_ANSWER)
     given = read_messages(prompt, where=f"{PROMPT_FIELD!r} ") if isinstance(prompt, list) and prompt else []
-    if given and not all(answer[: len(given)] == given for answer in answers):
+    repeats = [answer[: len(given)] == given for answer in answers]
+    if any(repeats) != all(repeats):
+        raise Refused(
+            f"found the messages of {PROMPT_FIELD!r} again at the beginning of one answer and not of the other; expected "
+            f"them in both or in neither"
+        )
+    if not all(repeats):
         answers = [[*given, *answer] for answer in answers]
     num_common = len(given) or num_equal(*answers)
     if not num_common:
@@ -94,7 +100,7 @@ def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], *, tools: li
             f"found conversations whose first messages differ, and no messages under {PROMPT_FIELD!r}; expected "
             f"those that both answer there, or at the beginning of both"
         )
-    if prompt is not None and not isinstance(prompt, list):
+    if prompt and not isinstance(prompt, list):
         _require_said(prompt, answers[0][:num_common])
     for name, answer in zip((CHOSEN_FIELD, REJECTED_FIELD), answers, strict=True):
         if not any(message["role"] == "assistant" for message in answer[num_common:]):
