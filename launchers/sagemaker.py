@@ -53,6 +53,7 @@ def training_job(
         max_restarts=max_restarts,
         name=name,
         extra_environment=environment or {},
+        channels=options.get("channels", {}),
     )
     return create_training_job_request(job, Options(**options))
 

@@ -1,6 +1,7 @@
 """`hypershard plan`: a page or JSON, without torch, for what `train` would take."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -214,6 +215,30 @@ def test_the_readmes_search_prints_what_is_shown(
     printed = answer(capsys, *shlex.split(command)).splitlines()
     assert len(shown) > 8
     assert [line for line in shown if line != "…" and line not in printed] == []
+
+
+def test_nf4_that_is_not_compiled_is_told_what_compiling_gains(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model=llama3_8b", "--instance=p4d", "--lora_r=16", "--activation_checkpointing=1"]
+    in_nf4 = [*words, "--bnb_quant_type=nf4"]
+    told = re.search(r"--compile=1 would take a step from (\S+) s to (\S+) s", answer(capsys, *in_nf4))
+    assert told is not None
+    plain, compiled = (plan_of([*in_nf4, *more]).step for more in ([], ["--compile=1"]))
+    assert plain is not None and compiled is not None and compiled.seconds < 0.9 * plain.seconds
+    assert told.groups() == (f"{plain.seconds:.3g}", f"{compiled.seconds:.3g}")
+    for flags in (words, [*in_nf4, "--compile=1"]):
+        assert "--compile" not in answer(capsys, *flags)
+
+
+def test_samples_that_are_not_packed_have_a_sequence_each(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model=llama3_8b", "--instance=p5", "--num_samples=10000", "--global_batch_tokens=524288", "--epochs=2")
+    tokens = "--tokens_per_sample=900"
+    assert "--num_samples and --tokens_per_sample" in answer(capsys, *words)
+    packed = json.loads(answer(capsys, *words, tokens, "--json"))
+    assert packed["num_steps"] == 2 * (10_000 * 900 // 8192) * 8192 // 524288
+    for known in ((), (tokens,)):
+        alone = json.loads(answer(capsys, *words, *known, "--packing=none", "--json"))
+        assert alone["num_steps"] == 2 * 10_000 * 8192 // 524288
+        assert alone["dataset"]["epochs"] == alone["dataset"]["unpacked_epochs"] == pytest.approx(2, abs=0.01)
 
 
 def test_the_page_tells_what_the_compute_would_do_best_with(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_says_what_a_plan_makes_of_it(texts, capsys):
     flags = ("--max_context_width", 16, "--train_batch_size", 2, "--num_gpus", 2, "--max_steps", 400)
     assert analyze(texts, *flags) == 0
     printed = capsys.readouterr().out
-    for way in ("concat", "best_fit, split", "best_fit, truncate", "best_fit, drop"):
+    for way in ("concat", "best_fit, split", "best_fit, truncate", "best_fit, drop", "none, split"):
         assert f"    {way} " in printed
     assert "◂ context" in printed
     assert "plan: 4 sequences a step (concat)" in printed and "25.6k tokens seen" in printed
@@ -69,7 +69,8 @@ def test_pairs_of_answers_are_counted_whole(tmp_path, capsys):
     assert analyze(path, "--max_context_width", 24, "--max_steps", 4) == 0
     printed = capsys.readouterr().out
     assert f"{path}: 30 pairs, all of them read" in printed and "of which the loss counts" in printed
-    assert "    best_fit, drop " in printed and "truncate" not in printed and "concat" not in printed
+    assert "    best_fit, drop " in printed and "    none, drop " in printed
+    assert "truncate" not in printed and "concat" not in printed
     assert "of pairs left out" in printed and "not packed, one pair a sequence" in printed
     with pytest.raises(ConfigError, match=r"--packing=concat: pairs of answers stay whole"):
         analyze(path, "--max_context_width", 24, "--packing", "concat")

@@ -36,7 +36,7 @@ def test_every_family_has_its_target(family: str) -> None:
 
 
 def test_a_recipe_goes_in_place_of_a_model() -> None:
-    done = make("p4d-train", "LAUNCH=slurm", "RECIPE=deepseek_r1_qwen_32b_qlora", "DRY_RUN=1")
+    done = make("p4d-train", "LAUNCH=slurm", "RECIPE=deepseek_r1_qwen_32b_qlora", "DRY_RUN=1", "FLAGS=--dataset /fsx/a")
     assert done.returncode == 0, done.stderr
     assert "    recipes/deepseek_r1_qwen_32b_qlora.yaml\n" in done.stdout
 

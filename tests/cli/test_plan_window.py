@@ -139,6 +139,7 @@ def test_what_the_user_says_of_schedule_saves_and_profile_stands(values, tmp_pat
         (["--profile=fast", "--max_hours=12"], "by --num_samples and --tokens_per_sample"),
         (["--profile=fast", "--max_hours=12", "--dataset_tokens=1e9"], "by --num_samples and --tokens_per_sample"),
         (["--profile=fast", "--max_hours=12", *SAMPLES, "--train_batch_size=2"], "the profile decides it"),
+        (["--profile=fast", "--max_hours=12", *SAMPLES, "--packing=none"], "--packing=none: a profile"),
         (["--profile=fast", "--max_hours=12", *SAMPLES, "--max_steps=2"], "--epochs says how much is wanted"),
         (["--profile=fastest", "--max_hours=12", *SAMPLES], "expected one of auto, fast, balanced"),
         (["--profile=fast", "--max_hours=0.01", *SAMPLES], "does not hold one step"),

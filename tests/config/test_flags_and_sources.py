@@ -126,6 +126,32 @@ def test_values_of_yaml_are_checked_like_flags() -> None:
     assert coerce("max_steps", None, where="x") is None
 
 
+def test_none_is_a_choice_of_packing_and_not_the_default(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("packing: none\n")
+    for line in ("--packing none", f"--config {tmp_path / 'run.yaml'}"):
+        config, _ = resolve_line(line)
+        assert config.data.packing == "none"
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert resolve(Layer("file", read_yaml(tmp_path / "again.yaml")[0])).config == config
+    assert resolve_line("--packing null")[0].data.packing is None
+
+
+@pytest.mark.parametrize("line", ["--data_kind=chat", "--objective=dpo --lora_r=8"])
+def test_conversations_must_be_named_to_be_trained_on_not_to_be_planned(line: str) -> None:
+    config, _ = resolve_line(line)  # as plans do
+    with pytest.raises(ConfigError, match=r"--data_kind=.*found no --dataset.*--channel train=s3://"):
+        checks.check_data_is_named(config)
+    checks.check_data_is_named(resolve_line(f"{line} --dataset x.jsonl")[0])
+    checks.check_data_is_named(resolve_line("")[0])
+
+
+def test_a_missing_run_file_and_a_wrong_name_for_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config=.*none\.yaml: No such file.*expected a run file"):
+        resolve_line(f"--config {tmp_path / 'none.yaml'}")
+    with pytest.raises(ConfigError, match="unknown flag --run; did you mean --config"):
+        parse(build_parser(), ["--run", "x.yaml"], also_known=("model", "config"))
+
+
 def test_world_checks() -> None:
     config, _ = resolve_line("--sharding_strategy hybrid --hybrid_shard_degree 3")
     with pytest.raises(ConfigError, match=r"does not divide the 8 ranks.*\[1, 2, 4, 8\]"):

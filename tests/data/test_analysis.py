@@ -270,7 +270,7 @@ def test_progress_comes_to_its_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("packing", "long_documents"), [("concat", "split"), ("best_fit", "split"), ("best_fit", "drop")]
+    ("packing", "long_documents"), [("concat", "split"), ("best_fit", "split"), ("best_fit", "drop"), ("none", "split")]
 )
 def test_sequences_are_as_many_as_training_makes(tmp_path, packing, long_documents):
     path = write_jsonl(tmp_path / "a.jsonl", [*documents(200), " ".join(documents(30))])

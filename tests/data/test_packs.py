@@ -5,7 +5,7 @@ import bisect
 import numpy as np
 import pytest
 
-from hypershard.data.packs import best_fit
+from hypershard.data.packs import best_fit, one_each
 
 
 def plan_of(lengths, context_tokens, long_documents="split", first=0):
@@ -101,6 +101,21 @@ def test_the_same_documents_give_the_same_plan():
     one, other = (plan_of(skewed(3000), 128) for _ in range(2))
     assert one.piece_starts.tobytes() == other.piece_starts.tobytes()
     assert one.first_piece.tobytes() == other.first_piece.tobytes()
+
+
+@pytest.mark.parametrize("long_documents", ["split", "truncate", "drop"])
+def test_one_each_packs_the_same_pieces_alone_and_in_order(long_documents):
+    lengths = np.concatenate(([0, 1], skewed(300), [1]))
+    starts = np.cumsum(lengths) - lengths
+    settings = {"num_tokens": int(lengths.sum()), "context_tokens": 200, "long_documents": long_documents}
+    alone, packed = one_each(starts, **settings), best_fit(starts, **settings)
+    assert [len(alone.pieces_of(pack)[0]) for pack in range(alone.num_packs)] == [1] * len(packed.piece_starts)
+    assert (np.diff(alone.piece_starts) > 0).all()
+    assert alone.piece_starts.tolist() == np.sort(packed.piece_starts).tolist()
+    assert alone.piece_lengths.tolist() == packed.piece_lengths[np.argsort(packed.piece_starts)].tolist()
+    counted = ("split_documents", "truncated_documents", "dropped_documents", "short_documents", "cut_tokens")
+    assert all(getattr(alone, f"num_{name}") == getattr(packed, f"num_{name}") for name in counted)
+    assert alone.padding_share > 0.2 > packed.padding_share
 
 
 def test_padding_is_counted_in_label_places():

@@ -100,9 +100,11 @@ def loader_of(data: DataConfig, *, rank: int = 0, world_size: int = 1, batch_siz
     return Loader(feed, share, context_tokens=CONTEXT, prefetch_steps=0, pin=False)
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_an_epoch_holds_each_pair_once_and_whole(
-    pairs: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pairs: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, packing: str
 ) -> None:
+    pairs = changed(pairs, packing=packing)
     dataset = open_dataset(pairs)
     assert dataset.is_preference and dataset.members[0].kind == "preference"
     with caplog.at_level("INFO", logger="hypershard"):
@@ -120,6 +122,7 @@ def test_an_epoch_holds_each_pair_once_and_whole(
         (batch,) = loader.step(position, accumulation=1)
         found += pairs_in(batch)
         assert batch.num_valid_tokens == sum(sum(half[1]) for pair in pairs_in(batch) for half in pair)
+    assert (source.rows.num_samples == len(found)) == (packing == "none")
     validating = pairs_in(batch_of([val[0].row(index) for index in range(val[0].num_samples)], context_tokens=CONTEXT))
     num_val_dropped = open_dataset(pairs).members[0].val.num_documents - len(validating)
     assert validating and sorted(found + validating) == sorted(expected)
@@ -168,8 +171,21 @@ def test_where_the_hash_picks_no_pair_the_last_one_validates_whole(tmp_path: Pat
 
 
 def test_pairs_too_long_for_the_context_name_what_to_raise(pairs: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"pairs of answers, each longer.*--max_context_width=8 .*larger"):
+    with pytest.raises(DataError, match=r"pairs of answers are longer.*--max_context_width=8 .*larger"):
         training_sources(open_dataset(pairs), pairs, context_tokens=8)
+
+
+def test_nothing_left_to_validate_on_is_no_loss_of_zero(tmp_path: Path, pairs: DataConfig) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for name, lengths in (("train", range(10)), ("val", range(36, 40))):
+        rows = [row for number, row in enumerate(rows_of()) if number % 40 in lengths]
+        write_rows(folder / f"{name}.jsonl", rows)
+    data = changed(pairs, dataset=str(folder))
+    dataset = open_dataset(data)
+    sources = training_sources(dataset, data, context_tokens=80)
+    with pytest.raises(DataError, match=r"pairs of answers held out are longer .* larger --max_context_width, or"):
+        validation_sources(dataset, data, sources, context_tokens=80)
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,14 @@ def test_the_launcher_script_is_the_verb() -> None:
     script = Path(__file__).parents[2] / "launchers" / "kubernetes.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "hypershard launch kubernetes" in done.stdout
+
+
+def test_files_that_pods_do_not_see_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template, run_file = tmp_path / "a.jinja", tmp_path / "run.yaml"
+    template.write_text("{{ messages }}")
+    run_file.write_text(f"chat_template: {template}\n")
+    words = ["kubernetes", "--model=tiny_llama", "--run_dir=/fsx/run", f"--image={IMAGE}", "--dry_run"]
+    for named in (f"--chat_template={template}", f"--config={run_file}"):
+        for more, is_warned in (([], True), ([f"--volume=mine:{tmp_path}"], False)):
+            assert launch([*words, "--volume=fsx:/fsx", *more, named]) == 0
+            assert (f"--chat_template={template} is a path of this machine" in capsys.readouterr().err) == is_warned

@@ -165,7 +165,8 @@ def test_a_channel_beside_the_flag_that_it_becomes_is_refused() -> None:
 def test_a_channel_goes_before_a_run_file_as_its_flag_does(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("init_from: org/model\n")
-    submission(f"--config={path}", options={"channels": {"model": "s3://bucket/weights"}})
+    made = submission(f"--config={path}", "--lr=1e-3", options={"channels": {"model": "s3://bucket/weights"}})
+    assert made.files == {}, "nothing is left to say in the file"
     with pytest.raises(ConfigError, match="found another --config"):
         submission(f"--config={path}", options={"channels": {"config": "s3://bucket/run"}})
 
@@ -255,6 +256,40 @@ def test_a_path_of_this_machine_is_warned_of(tmp_path: Path, capsys: pytest.Capt
     assert f"--dataset={tmp_path} is a path of this machine" in capsys.readouterr().err
 
 
+def test_a_chat_template_and_prompts_of_this_machine_go_with_the_job(tmp_path: Path) -> None:
+    template, prompts, run_file = (tmp_path / name for name in ("whole.jinja", "ask.txt", "run.yaml"))
+    template.write_text("{{ messages }}")
+    prompts.write_text("Where?\n")
+    run_file.write_text(f"validation_prompts: {prompts}\nvalidation_texts: 1\n")
+    made = submission(f"--config={run_file}", f"--chat_template={template}", "--dataset=s3://bucket/chats")
+    (channel,) = made.request["InputDataConfig"]
+    folder = channel["DataSource"]["S3DataSource"]["S3Uri"]
+    assert re.fullmatch(r"s3://bucket/runs/demo/files-[0-9a-f]{12}/", folder)
+    for flag, source in (("chat_template", template), ("validation_prompts", prompts)):
+        path = Path(settings(made)[flag])  # where the channel's files are mounted
+        assert path.parent == Path("/opt/ml/input/data") / channel["ChannelName"]
+        assert made.files[folder + path.name] == source.read_bytes()
+    template.write_text("{{ messages[0] }}")
+    again = submission(f"--chat_template={template}")
+    assert not again.files.keys() & made.files.keys(), "the first job still finds its own"
+    with pytest.raises(ConfigError, match="--channel run_files: jobs have a channel of this name"):
+        submission(f"--chat_template={template}", options={"channels": {"run_files": "s3://bucket/a"}})
+    with pytest.raises(ConfigError, match="--chat_template=s3://bucket/a: expected a file of this machine"):
+        submission("--chat_template=s3://bucket/a")
+
+
+def test_a_job_without_its_conversations_is_refused(tmp_path: Path) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("data_kind: chat\n")
+    with pytest.raises(ConfigError, match="--data_kind=chat: found no --dataset"):
+        job(f"--config={run_file}")
+    job(f"--config={run_file}", "--dataset=s3://bucket/chats")
+    job(f"--config={run_file}", channels={"train": "s3://bucket/chats"})
+    job("--data_kind=chat", "--config=s3://bucket/run.yaml")  # which may name them
+    with pytest.raises(ConfigError, match="--data_kind=preference: found no --dataset"):
+        job("--objective=dpo", channels={"model": "s3://bucket/weights"})
+
+
 def record(**changes: Any) -> dict[str, Any]:
     whole = {"loss": 5.1234, "grad_norm": 1.21, "lr": 3e-4, "tokens_per_second": 812_345.0, "mfu": 0.412}
     return {**whole, "data_seconds": 0.5, "step_seconds": 2.0, "memory_bytes": 61.5 * 2**30, **changes}
@@ -333,6 +368,9 @@ def test_the_command_line_names_what_is_wrong() -> None:
     done = dry_run(*COMMAND, "--train_batchsize", "2", "--dry_run")
     assert done.returncode == 2
     assert "did you mean --train_batch_size?" in done.stderr
+    done = dry_run(*COMMAND, "--run", "recipe.yaml", "--dry_run")
+    assert done.returncode == 2 and "no plan" not in done.stderr
+    assert done.stderr.startswith("unknown flag --run; did you mean --config")
     done = dry_run("stop", "--dry_run")
     assert done.returncode == 2
     assert "expected the name of one job" in done.stderr

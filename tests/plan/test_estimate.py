@@ -76,8 +76,8 @@ def test_nodes_that_are_enough() -> None:
     planned = job("llama3_1_70b", "p5", 1, activation_checkpointing="full")
     remedy = find_remedy(planned)
     assert remedy.num_nodes is not None
-    assert memory_of(replace(planned, num_nodes=remedy.num_nodes)).verdict != "does not fit"
-    assert memory_of(replace(planned, num_nodes=remedy.num_nodes // 2)).verdict == "does not fit"
+    assert memory_of(replace(planned, num_nodes=remedy.num_nodes)).verdict == "fits"
+    assert memory_of(replace(planned, num_nodes=remedy.num_nodes // 2)).verdict != "fits"
 
 
 def test_a_host_that_is_too_small_is_a_verdict_too() -> None:

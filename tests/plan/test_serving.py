@@ -55,6 +55,14 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["places"][0]["dollars_per_hour"] > 0
     assert run(["--model=llama3_8b", "--serve=1", "--instance=p5,g5", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["places"]) == 2
+    assert run(["--model=llama3_8b", "--serve=1", "--instance=ml.g5.12xlarge", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["service"], found["places"][0]["dollars_per_hour"]) == ("sagemaker", 7.09)
+    assert run(["--model=llama3_8b", "--serve=1", "--instance=ml.g5.12xlarge", "--service=ec2"]) == 0
+    page = capsys.readouterr().out
+    assert " 5.67 " in page and page.endswith("dollars are EC2's, on demand\n")
+    with pytest.raises(ConfigError, match=r"with and without ml\.; say whose prices by --service"):
+        run(["--model=llama3_8b", "--serve=1", "--instance=p5,ml.g5"])
     with pytest.raises(ConfigError, match="--search does nothing there"):
         run(["--model=llama3_8b", "--serve=1", "--search"])
     with pytest.raises(ConfigError, match="only with --serve"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tests.jobs import config_of
 
 from hypershard.cli import launch
 from hypershard.cli.main import main
-from hypershard.cli.plan import plan_of
+from hypershard.cli.plan import plan_of, plan_of_question, question_of
 from hypershard.config.schema import Config
 from hypershard.config.sources import parse_yaml
 from hypershard.errors import ConfigError
@@ -87,7 +88,7 @@ def test_a_request_holds_the_recipe_and_what_does_not_fit_is_refused(
     # The channels' folders become flags in the container, and flags go before the run file.
     assert "dataset" not in flags and "init_from" not in flags
     written = said.split(f"would write {flags['config']} first:\n")[1]
-    assert parse_yaml(written, where="there")[0] == given
+    assert parse_yaml(written, where="there")[0] == {name: one for name, one in given.items() if name != "init_from"}
 
 
 def test_preferences_are_planned_and_launched_with_their_reference(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +101,8 @@ def test_preferences_are_planned_and_launched_with_their_reference(capsys: pytes
 
 
 def test_scout_needs_more_than_four_small_gpus(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"--config={SCOUT}", *SAGEMAKER]
-    with pytest.raises(ConfigError, match=r"of a GPU's memory .* it fits with --cpu_offload=1, or on 2 nodes as it is"):
+    words = [f"--config={SCOUT}", "--channel=train=s3://bucket/chats", *SAGEMAKER]
+    with pytest.raises(ConfigError, match=r"of a GPU's memory .* it fits with --cpu_offload=1, or on 4 nodes as it is"):
         launch.run(["sagemaker", *words, "--instance=ml.g5.12xlarge"])
     with pytest.raises(ConfigError, match=r"global_batch_tokens=196608 is no multiple .* 24 ranks"):
         launch.run(["sagemaker", *words, "--instance=ml.p4d.24xlarge", "--nodes=3"])
@@ -128,10 +129,16 @@ def test_other_clusters_get_the_same_job(capsys: pytest.CaptureFixture[str], rec
 
 def test_2198_conversations_for_scout_warn_of_over_fitting(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["plan", f"--config={SCOUT}", "--instance=ml.p4d.24xlarge", "--num_samples=2198"]
-    assert main([*words, "--tokens_per_sample=3072"]) == 0
-    assert "5.8 epochs over 2,198 samples: over-fitting is likely beyond 5" in capsys.readouterr().out
-    assert main(words) == 0  # how long they are is not known
-    assert "200 steps are 5.8 epochs" in capsys.readouterr().out
+    for known in ([], ["--tokens_per_sample=700"]):  # a conversation fills a sequence, however long it is
+        assert main([*words, *known]) == 0
+        page = capsys.readouterr().out
+        assert "200 steps are 5.82 epochs" in page and "not packed" not in page
+        assert "5.8 epochs over 2,198 samples: over-fitting is likely beyond 5, which are 171 steps" in page
+    assert main([*words, "--tokens_per_sample=700", "--packing=best_fit", "--epochs=6"]) == 0
+    assert "46 steps are 5.89 epochs" in capsys.readouterr().out
+    # The recipe says what a step is, so hours cut its steps and choose no other step.
+    assert main([*words, "--tokens_per_sample=700", "--max_hours=3"]) == 0
+    assert "steps fit into 3 h" in capsys.readouterr().out
 
     rows = (
         {"messages": [{"role": "user", "content": f"Where is {i}?"}, {"role": "assistant", "content": f"At {i}."}]}
@@ -140,7 +147,45 @@ def test_2198_conversations_for_scout_warn_of_over_fitting(capsys: pytest.Captur
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = save_tokenizer(tmp_path / "tokenizer", CHATML)
     words = ["data", "analyze", str(tmp_path / "chats.jsonl"), f"--tokenizer={tokenizer}", "--max_context_width=3072"]
-    assert main([*words, "--max_steps=200", "--global_batch_tokens=196608", "--num_gpus=8", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["datasets"][0]["use"]["unpacked_epochs"] == pytest.approx(200 * 64 / 2198)
+    words += ["--packing=none", "--max_steps=200", "--global_batch_tokens=196608", "--num_gpus=8"]
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr().out
+    told = json.loads(printed)
+    assert told["datasets"][0]["use"]["epochs"] == pytest.approx(200 * 64 / 2198)
     assert {one["code"] for one in told["warnings"]} >= {"small_set", "epochs"}
+    # And the plan of what was analysed says the same.
+    (tmp_path / "facts.json").write_text(printed)
+    words = ["plan", f"--config={SCOUT}", "--instance=ml.p4d.24xlarge", f"--dataset_facts={tmp_path / 'facts.json'}"]
+    assert main(words) == 0
+    assert "200 steps are 5.82 epochs" in capsys.readouterr().out
+
+
+def test_a_recipe_without_data_is_planned_and_not_started(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe in (*FINE_TUNING, DPO):
+        named = [f"--config={recipe}", "--instance=ml.p4d.24xlarge"]
+        assert main(["plan", *named]) == 0
+        for words in (["sagemaker", *named, *SAGEMAKER], ["slurm", *named, "--dry_run"]):
+            with pytest.raises(ConfigError, match=r"found no --dataset, and the embedded corpus is plain text"):
+                launch.run(words)
+        capsys.readouterr()
+        assert main(["train", f"--config={recipe}"]) == 2
+        assert "found no --dataset" in capsys.readouterr().err
+
+
+def test_the_readme_says_where_they_fit() -> None:
+    """Each row of its table is the plan's, to the digits that it shows."""
+    section = (ROOT / "recipes" / "README.md").read_text().partition("\n## Where they fit\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    files = {"Scout": SCOUT, "Qwen-32B": QWEN}
+    assert len(rows) == 2 + 10
+    for name, where, memory, hours, dollars in rows[2:]:
+        found = re.fullmatch(r"(\d) x (\S+)(?: `(\S+)`)?", where)
+        assert found is not None, where
+        nodes, instance, flag = found.groups()
+        words = [f"--config={files[name]}", f"--instance={instance}", f"--nodes={nodes}", *([flag] if flag else [])]
+        made = plan_of_question(question_of(words, wants_price=True))
+        gpu, gib = made.memory.gpu, 2**30
+        expected = f"{gpu.needed_bytes / gib:.1f} of {gpu.usable_bytes / gib:.1f} GiB: {made.memory.verdict}"
+        assert memory.partition(",")[0] == expected
+        for shown, value in ((hours, made.hours), (dollars, made.cost.dollars)):
+            assert shown == ("" if made.remedy else f"{value:.{len(shown.partition('.')[2])}f}")

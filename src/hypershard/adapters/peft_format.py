@@ -37,12 +37,15 @@ _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _AFTER_LAYER = re.compile(r"\.(?:layers|h)\.\d+\.(.+)$")
 # Settings of PEFT's that say nothing of what the matrices mean, or that are read here. All others must be off: they
 # change what the same matrices compute, as versions to come may.
-_UNDERSTOOD = frozenset(
-    "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode init_lora_weights "
-    "layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version qalora_group_size "
-    "r revision runtime_config target_modules target_parameters task_type use_rslora".split()
-)
-# First values that leave the base as it is; others (PiSSA, OLoRA, LoftQ) change it, and A and B alone are not the update.
+# fmt: off
+_UNDERSTOOD = frozenset((
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "revision", "runtime_config", "target_modules",
+    "target_parameters", "task_type", "use_rslora",
+))
+# fmt: on
+# First values that leave the base as it is. Others (PiSSA, OLoRA, LoftQ) change it: A and B alone are not the update.
 _PLAIN_STARTS = (None, True, False, "gaussian")
 _CAN_BE: dict[str, Callable[[Any], bool]] = {
     "lora_r": lambda value: type(value) is int and value > 0,

@@ -276,12 +276,13 @@ def _fits(analysis: DatasetAnalysis, plan: Plan) -> list[str]:
 
     unit = _unit(analysis)
     lines = [f"  sequences of {plan.context_tokens:,} tokens"]
-    ways = [("concat", "split"), ("best_fit", "split"), ("best_fit", "truncate"), ("best_fit", "drop")]
-    if analysis.kind == PREFERENCE:  # a pair stays whole
-        ways = ways[-1:]
+    # A pair stays whole.
+    ways = [] if analysis.kind == PREFERENCE else [("concat", "split")]
+    all_long = ("drop",) if analysis.kind == PREFERENCE else ("split", "truncate", "drop")
+    ways += [(packing, long_documents) for packing in ("best_fit", "none") for long_documents in all_long]
     for packing, long_documents in ways:
         fit = fit_of(analysis, context_tokens=plan.context_tokens, packing=packing, long_documents=long_documents)
-        way = "concat" if packing == "concat" else f"best_fit, {long_documents}"
+        way = "concat" if packing == "concat" else f"{packing}, {long_documents}"
         number = "" if fit.num_sequences is None else f"{format_count(fit.num_sequences)} sequences, "
         said = f"{number}{fit.padding_share:.1%} padding"
         done = {"split": "split", "truncate": "cut short", "drop": "left out"}[long_documents]
@@ -304,7 +305,7 @@ def _use(analysis: DatasetAnalysis, use: Use, plan: Plan) -> list[str]:
     if use.num_steps is not None and use.num_tokens_seen is not None and use.epochs is not None:
         seen = format_count(use.num_tokens_seen)
         lines.append(f"    {use.num_steps:,} steps: {about}{use.epochs:.2f} epochs, {seen} tokens seen")
-        if analysis.is_fine_tuning and use.unpacked_epochs is not None:
+        if analysis.is_fine_tuning and use.unpacked_epochs is not None and fit.packing != "none":
             one = _unit(analysis).removesuffix("s")
             lines.append(f"    not packed, one {one} a sequence: {about}{use.unpacked_epochs:.2f} epochs")
     return lines

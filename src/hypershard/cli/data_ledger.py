@@ -82,7 +82,9 @@ def _samples(run_dir: Path, first: int, last: int) -> Iterator[Sample]:
 
     config = _config(run_dir)
     found = read_ledger(read_json_lines(run_dir / "events.jsonl"))
-    sources = training_sources(open_dataset(config.data_read), config.data, context_tokens=config.model.max_context_width)
+    sources = training_sources(
+        open_dataset(config.data_read), config.data, context_tokens=config.model.max_context_width
+    )
     feed = Feed(sources, seed=config.data.seed, num_lanes=1, num_workers=0, rank=0)
     for step in range(first, last + 1):
         yield from found.samples(feed, step)

@@ -21,7 +21,7 @@ VERBS = {
 }
 
 _HELP = f"""\
-usage: hypershard launch WHERE [flags] [flags of `hypershard train`]
+usage: hypershard launch WHERE [--model NAME | --config FILE] [flags] [flags of `hypershard train`]
 
 {chr(10).join(f"  {verb:<12} {text}" for verb, text in VERBS.items())}
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..launch.build import build_job
+from ..launch.build import build_job, checked_flags
 from ..launch.kubernetes import JOB, KINDS, KubernetesOptions, render
+from ..launch.paths import warn_of_paths
 from ..launch.sagemaker_flags import decode
 from ..log import setup_logging
 from .launch_flags import named_values
@@ -18,7 +19,8 @@ from .launch_plan import planned
 _DESCRIPTION = """\
 Train on Kubernetes: an Indexed Job with one pod per node and a headless Service, which need nothing installed in the
 cluster but the device plugins; or a HyperPodPyTorchJob for HyperPod's training operator. The manifests are applied,
-printed (--dry_run) or written (--write). Flags that are not listed here are flags of `hypershard train`.
+printed (--dry_run) or written (--write). Flags that are not listed here are flags of `hypershard train`, --config FILE
+(a run file) among them.
 """
 _EXAMPLES = """\
 examples:
@@ -83,7 +85,6 @@ def kubernetes(args: argparse.Namespace) -> int:
 
 
 def _text(args: argparse.Namespace) -> str:
-    planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
     volumes = tuple(named_values("--volume", args.volume, sign=":", expected="CLAIM:/PATH").items())
     model, train_flags = _seen_by_pods(args, [path for _, path in volumes])
     job = build_job(
@@ -98,6 +99,7 @@ def _text(args: argparse.Namespace) -> str:
         name=args.name,
         extra_environment=named_values("--environment", args.environment),
     )
+    planned(args.model, args.instance, num_nodes=args.nodes, train_flags=args.train_flags)
     options = KubernetesOptions(
         kind=args.kind,
         volumes=volumes,
@@ -109,10 +111,13 @@ def _text(args: argparse.Namespace) -> str:
 
 def _seen_by_pods(args: argparse.Namespace, mounted: Sequence[str]) -> tuple[str | None, list[str]]:
     """The model and the flags of training. Pods see no run file of this machine: its settings become flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    config = parser.parse_known_args(args.train_flags)[0].config
+    instead = "put it onto a --volume and give its path there"
+    given = checked_flags(args.train_flags)
+    config = Path(given["config"]) if "config" in given else None
     if config is None or not config.is_file() or any(config.is_relative_to(path) for path in mounted):
+        warn_of_paths(given, seen=mounted, instead=instead)
         return args.model, args.train_flags
     named = [] if args.model is None else [f"--model={args.model}"]
-    return None, decode([*named, *args.train_flags]).words
+    flags = decode([*named, *args.train_flags])
+    warn_of_paths(flags.settings, seen=mounted, instead=instead)
+    return None, flags.words

@@ -16,7 +16,7 @@ from ..log import setup_logging
 _DESCRIPTION = """\
 Run a job on this machine: the flags, environment and supervisor that it would have in a container on a cluster, with
 one rank per GPU or one in all. It goes on from the newest checkpoint in --run_dir. Flags that are not listed here are
-flags of `hypershard train`.
+flags of `hypershard train`, --config FILE (a run file) among them.
 """
 _EXAMPLES = """\
 examples:

@@ -41,7 +41,8 @@ def planned(
         return None
     made = plan_of_question(question)
     if made.memory.verdict != "does not fit":
-        logger.info(_in_a_line(made))
+        say = logger.info if made.memory.verdict == "fits" else logger.warning
+        say(_in_a_line(made))
         return made
     if not made.job.train.force:
         raise ConfigError(f"{why_not(made)}. To start it all the same: --force")

@@ -57,7 +57,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "sagemaker",
         help="start, watch, stop and resume a SageMaker training job",
-        usage="hypershard launch sagemaker --model NAME --instance TYPE … [flags of `hypershard train`]\n"
+        usage="hypershard launch sagemaker [--model NAME | --config FILE] --instance TYPE … [flags of train]\n"
         "       hypershard launch sagemaker status NAME [--follow | --json]\n"
         "       hypershard launch sagemaker stop NAME\n"
         "       hypershard launch sagemaker resume NAME [--name NEW] [--hours H] [--dry_run] [--follow]",
@@ -112,7 +112,8 @@ def _add_platform_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=URI",
-        help="data: s3://… (read as needed) or fsx://fs-ID/mount/folder; train becomes --dataset",
+        help="data: s3://… (read as needed) or fsx://fs-ID/mount/folder; train becomes --dataset, model --init_from, "
+        "tokenizer --tokenizer, before what a run file says",
     )
     group.add_argument("--checkpoint_s3", metavar="S3", help="checkpoints; default: <output>/<name>/checkpoints")
     group.add_argument("--sync_run_dir", action="store_true", help="copy the run directory to S3 while the job runs")
@@ -154,6 +155,19 @@ def _launch(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
+    job = build_job(
+        train_flags=args.train_flags,
+        model_name=args.model,
+        instance=args.instance,
+        num_nodes=args.nodes,
+        run_dir=args.run_dir or (SYNCED_RUN_DIR if args.sync_run_dir else RUN_DIR),
+        hours=_HOURS if args.hours is None else args.hours,
+        image=args.image,
+        max_restarts=args.max_restarts,
+        name=args.name,
+        extra_environment=named_values("--environment", args.environment),
+        channels=named_values("--channel", args.channel),
+    )
     made = planned(
         args.model,
         args.instance,
@@ -162,18 +176,8 @@ def _job(args: argparse.Namespace) -> Job:
         service=SERVICE,
         prices_file=args.prices_file,
     )
-    job = build_job(
-        train_flags=args.train_flags,
-        model_name=args.model,
-        instance=args.instance,
-        num_nodes=args.nodes,
-        run_dir=args.run_dir or (SYNCED_RUN_DIR if args.sync_run_dir else RUN_DIR),
-        hours=_hours(made) if args.hours is None else args.hours,
-        image=args.image,
-        max_restarts=args.max_restarts,
-        name=args.name,
-        extra_environment=named_values("--environment", args.environment),
-    )
+    if args.hours is None:
+        job = dataclasses.replace(job, hours=_hours(made))
     if args.name:
         return job
     stamp = datetime.datetime.now(datetime.UTC).strftime("-%Y%m%d-%H%M%S")  # a name can be used once
@@ -225,8 +229,8 @@ def _emit(submission: Submission, path: Path) -> int:
 
     if submission.files:
         raise ConfigError(
-            "--emit modeltrainer: these flags need a run file in S3, which the script cannot write; put them into a "
-            "file there and give --config=s3://…"
+            "--emit modeltrainer: these flags need files in S3, which the script cannot write; put settings into a run "
+            "file there (--config=s3://…), other files into a channel"
         )
     write_file(path, model_trainer_script(submission))
     logger.info(f"wrote {path}; it needs the SageMaker SDK, with which it was not run here")
@@ -236,7 +240,7 @@ def _emit(submission: Submission, path: Path) -> int:
 def _print(submission: Submission) -> int:
     print(json.dumps(submission.request, indent=1, ensure_ascii=False))
     for uri, content in submission.files.items():
-        logger.info(f"would write {uri} first:\n{content.decode()}")
+        logger.info(f"would write {uri} first:\n{content.decode(errors='replace')}")
     return 0
 
 

@@ -17,7 +17,7 @@ from .launch_plan import planned
 
 _DESCRIPTION = """\
 Train on a Slurm cluster, HyperPod's included. The job's file is submitted, printed (--dry_run) or written (--write).
-Flags that are not listed here are flags of `hypershard train`.
+Flags that are not listed here are flags of `hypershard train`, --config FILE (a run file) among them.
 """
 _EXAMPLES = """\
 examples:
@@ -87,7 +87,6 @@ def _text(args: argparse.Namespace) -> str:
     instance = args.instance or plan.instance
     instance = None if instance == CPU_NODES else instance
     num_nodes = plan.num_nodes if args.nodes is None else args.nodes
-    planned(args.model, instance, num_nodes=num_nodes, train_flags=args.train_flags)
     job = build_job(
         train_flags=args.train_flags,
         model_name=args.model,
@@ -100,6 +99,7 @@ def _text(args: argparse.Namespace) -> str:
         name=args.name,
         extra_environment=named_values("--environment", args.environment),
     )
+    planned(args.model, instance, num_nodes=num_nodes, train_flags=args.train_flags)
     options = SlurmOptions(
         file=str(args.write) if args.write is not None else "FILE",
         directives=tuple((name, getattr(args, name)) for name in _DIRECTIVES if getattr(args, name) is not None),

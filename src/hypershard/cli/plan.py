@@ -13,7 +13,7 @@ from ..log import setup_logging
 from ..models.files import available_models
 from ..plan import bytes as memory
 from ..plan.data_view import DataFacts, DataView, whole_tokens
-from ..plan.estimate import LEVEL, Memory, Plan, as_dict, plan
+from ..plan.estimate import LEVEL, Memory, Plan, as_dict, compiled_share, plan
 from ..plan.scaling import compute_optimal, optimal_tokens, predicted_loss
 from ..plan.traced import CannotTrace, Traced
 from ..units import format_bytes, format_count, format_seconds
@@ -59,7 +59,7 @@ _RARE = ("first block", "last backward")  # moments that seldom are the worst, s
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hypershard plan",
-        usage="hypershard plan --model NAME --instance TYPE [--nodes N] [flags of hypershard train] [--json]",
+        usage="hypershard plan [--model NAME | --config FILE] --instance TYPE [--nodes N] [flags of train] [--json]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=HelpFormatter,
@@ -144,11 +144,14 @@ def question_of(words: Sequence[str], *, wants_price: bool) -> Asked:
 
 def plan_of_question(question: Asked) -> Plan:
     """Its plan. Raises ConfigError for settings that do not go with these GPUs or their number."""
-    facts, context_tokens = question.facts, question.job.model.max_context_width
+    facts, job = question.facts, question.job
+    tokens = None
+    if facts is not None:
+        tokens = whole_tokens(facts, context_tokens=job.model.max_context_width, packing=job.data.packing)
     return plan(
-        question.job,
+        job,
         price=question.price,
-        dataset_tokens=None if facts is None else whole_tokens(facts, context_tokens=context_tokens),
+        dataset_tokens=tokens,
         tokens_per_second_per_gpu=question.tokens_per_second_per_gpu,
         calibrations=question.calibrations,
     )
@@ -240,6 +243,11 @@ def _time_lines(made: Plan, facts: DataFacts | None) -> Iterator[str]:
         )
         shares = sorted(step.parts.items(), key=lambda part: -part[1])
         yield "         " + ", ".join(f"{name} {part / step.seconds:.0%}" for name, part in shares if part > 0)
+        if (share := compiled_share(made.job)) is not None:
+            yield (
+                f"         --compile=1 would take a step from {step.seconds:.3g} s to {step.seconds * share:.3g} s: "
+                f"one kernel unpacks NF4"
+            )
     else:
         yield "time     unknown"
     if made.num_steps is not None and made.hours is not None:

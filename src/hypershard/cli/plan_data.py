@@ -49,6 +49,7 @@ def view_of(facts: DataFacts | None, job: Job, *, num_steps: int | None) -> Data
         num_steps=num_steps,
         samples_per_step=job.step_tokens // job.model.max_context_width,
         context_tokens=job.model.max_context_width,
+        packing=job.data.packing,
     )
 
 

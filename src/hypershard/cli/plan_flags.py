@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from ..catalog.instances import Instance, instance, instances
 from ..config.checks import check_vocabulary
 from ..config.schema import SETTINGS, Config, ModelConfig
 from ..config.sources import Resolved
@@ -55,3 +56,20 @@ def with_vocabulary(config: Config, *, ids_of_data: int | None = None) -> ModelC
     if config.data.dataset != "embedded" or config.data.tokenizer is not None:
         raise ConfigError("--vocab_size is open and planning reads no tokenizer: give --vocab_size, its number of ids")
     return dataclasses.replace(model, vocab_size=VOCAB_SIZE)
+
+
+def instances_of(names: str | None, service: str | None) -> tuple[tuple[Instance, ...], str]:
+    """The instances of --instance, or all of the catalog, and whose prices: of ml.… types SageMaker's, else EC2's.
+
+    Raises ConfigError for a type that is none, and for types with and without ml. where --service does not say whose.
+    """
+    if names is None:
+        return instances(), service or "ec2"
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    rows = tuple(dict.fromkeys(instance(word) for word in words))
+    if not rows:
+        raise ConfigError(f"--instance={names}: found no type, expected one or more, such as p5,p4d")
+    of_sagemaker = {word.startswith("ml.") for word in words}
+    if service is None and len(of_sagemaker) > 1:
+        raise ConfigError(f"--instance={names}: found types with and without ml.; say whose prices by --service")
+    return rows, service or ("sagemaker" if of_sagemaker == {True} else "ec2")

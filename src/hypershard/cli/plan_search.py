@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..catalog.instances import Instance, instance, instances, price
+from ..catalog.instances import price
 from ..config.checks import accumulation_steps
 from ..config.schema import SETTINGS, Config
 from ..config.sources import Resolved
@@ -22,7 +22,7 @@ from ..storage import local_path
 from ..units import format_count
 from . import plan_data, plan_window
 from .plan_calibrate import read_calibrations
-from .plan_flags import number, resolve, whole_number, with_vocabulary
+from .plan_flags import instances_of, number, resolve, whole_number, with_vocabulary
 from .plan_search_page import page, place
 
 HELP = (
@@ -53,12 +53,15 @@ def run(namespace: argparse.Namespace) -> int:
     picture = None if namespace.picture is None else _picture(namespace.picture)
     resolved, name = resolve(namespace)
     _refuse_others(namespace, resolved.config)
-    rows, service = _instances(namespace.instance, namespace.service)
+    rows, service = instances_of(namespace.instance, namespace.service)
     space = Space(instances=rows, node_counts=_node_counts(namespace.nodes), held=_held(resolved))
     facts = plan_data.facts_of(namespace, dataset=resolved.config.data.dataset)
     model = with_vocabulary(resolved.config, ids_of_data=None if facts is None else facts.vocab_size)
     job = _template(namespace, dataclasses.replace(resolved.config, model=model), space)
-    tokens = None if facts is None else whole_tokens(facts, context_tokens=model.max_context_width)
+    tokens = None
+    if facts is not None:
+        packing = resolved.config.data.packing
+        tokens = whole_tokens(facts, context_tokens=model.max_context_width, packing=packing)
     result = search(
         job,
         space,
@@ -95,20 +98,6 @@ def _picture(text: str) -> Path:
 
 
 # --- what is asked
-
-
-def _instances(names: str | None, service: str | None) -> tuple[tuple[Instance, ...], str]:
-    """The instances of --instance, or all of the catalog, and whose prices."""
-    if names is None:
-        return instances(), service or "ec2"
-    words = [word.strip() for word in names.split(",") if word.strip()]
-    rows = tuple(dict.fromkeys(instance(word) for word in words))
-    if not rows:
-        raise ConfigError(f"--instance={names}: found no type, expected one or more, such as p5,p4d")
-    of_sagemaker = {word.startswith("ml.") for word in words}
-    if service is None and len(of_sagemaker) > 1:
-        raise ConfigError(f"--instance={names}: found types with and without ml.; say whose prices by --service")
-    return rows, service or ("sagemaker" if of_sagemaker == {True} else "ec2")
 
 
 def _node_counts(text: str | None) -> tuple[int, ...]:

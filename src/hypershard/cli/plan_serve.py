@@ -6,11 +6,11 @@ import argparse
 import json
 from collections.abc import Iterator
 
-from ..catalog.instances import instance, instances, price
+from ..catalog.instances import price
 from ..errors import ConfigError
 from ..plan.serving import BYTES_PER_WEIGHT, Need, Place, need_of, places_for
 from ..units import format_bytes, format_count
-from .plan_flags import resolve, whole_number, with_vocabulary
+from .plan_flags import instances_of, resolve, whole_number, with_vocabulary
 
 HELP = (
     "price an hour of serving the model to N sequences of --max_context_width at once, on every instance that holds it "
@@ -29,16 +29,16 @@ def run(namespace: argparse.Namespace) -> int:
     resolved, name = resolve(namespace)
     model = with_vocabulary(resolved.config, ids_of_data=None)
     need = need_of(model, bits=bits, num_sequences=num_sequences)
-    asked = namespace.instance
-    rows = instances() if asked is None else [instance(name) for name in asked.split(",")]
-    prices = [(row, price(row, "ec2", prices_file=namespace.prices_file)) for row in rows]
+    rows, service = instances_of(namespace.instance, namespace.service)
+    prices = [(row, price(row, service, prices_file=namespace.prices_file)) for row in rows]
     heads = model.num_key_value_heads or model.num_heads
     found = places_for(need, num_sequences=num_sequences, heads=heads, prices=prices)
     if namespace.json:
-        print(json.dumps({"need": vars(need), "places": [_as_dict(one) for one in found]}, indent=1))
+        places = [_as_dict(one) for one in found]
+        print(json.dumps({"need": vars(need), "service": service, "places": places}, indent=1))
     else:
         about = f"{name}: {num_sequences} x {model.max_context_width:,} tokens at once, weights in {bits} bits"
-        print("\n".join(_page(about, need, found)))
+        print("\n".join(_page(about, need, found, service=service)))
     return 0
 
 
@@ -56,7 +56,7 @@ def _refuse_others(namespace: argparse.Namespace) -> None:
             )
 
 
-def _page(about: str, need: Need, found: list[Place]) -> Iterator[str]:
+def _page(about: str, need: Need, found: list[Place], *, service: str) -> Iterator[str]:
     yield f"serve    {about}"
     yield f"         {format_bytes(need.weight_bytes)} of weights, {format_bytes(need.cache_bytes)} of keys and values"
     if not found:
@@ -71,7 +71,8 @@ def _page(about: str, need: Need, found: list[Place]) -> Iterator[str]:
             f"  {one.instance.name:<20}{f'{one.num_copies} x {one.num_gpus}':>15}"
             f"{format_bytes(one.gpu_bytes):>14}{dollars:>10}{format_count(one.tokens_per_second):>20}{million:>22}"
         )
-    yield "         speed is bounded by memory's bandwidth alone; dollars are EC2's, on demand"
+    whose = {"ec2": "EC2's, on demand", "sagemaker": "SageMaker's"}[service]
+    yield f"         speed is bounded by memory's bandwidth alone; dollars are {whose}"
 
 
 def _as_dict(one: Place) -> dict[str, object]:

@@ -90,7 +90,9 @@ def is_wanted(namespace: argparse.Namespace, question: Asked) -> bool:
     is_known = facts is not None and facts.mean_tokens is not None
     given = [name for name in OWN if getattr(namespace, name) is not None]
     if not given:
-        is_open = not any(name in namespace for name in _DECIDED)
+        data = question.job.data  # a run file may have decided too
+        is_open = not any(name in namespace for name in _DECIDED) and data.global_batch_tokens is None
+        is_open = is_open and data.packing != "none"
         return hours is not None and is_known and facts is not None and facts.is_fine_tuning and is_open
     if hours is None:
         raise ConfigError(f"--{given[0]} is of a plan for a time window: give its hours, --max_hours")
@@ -162,6 +164,8 @@ def _refuse_decided(namespace: argparse.Namespace, question: Asked, profile: str
         found = ["global_batch_tokens"]
     if "max_steps" in found:
         raise ConfigError("--max_steps: the window decides it; drop the flag, --epochs says how much is wanted")
+    if question.job.data.packing == "none":
+        raise ConfigError("--packing=none: a profile is planned for packed samples; drop one of the two")
     if found:
         raise ConfigError(
             f"--{found[0]}: the profile decides it; drop the flag, or write a profile of your own: --profile=FILE.json"

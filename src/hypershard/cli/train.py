@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.targets import adapter_targets
-from ..config.checks import check
+from ..config.checks import check, check_data_is_named
 from ..config.flags import HelpFormatter, add_settings, parse
 from ..config.schema import Config
-from ..config.sources import Layer, Resolved, parse_yaml, read_yaml, resolve, show
+from ..config.sources import Layer, Resolved, parse_yaml, read_run_file, read_yaml, resolve, show
 from ..distributed.env import Ranks, read_ranks, read_surroundings
 from ..distributed.spawn import num_gpus, run_ranks
 from ..errors import ConfigError, HypershardError, StorageError
@@ -90,7 +90,7 @@ def resolve_arguments(namespace: argparse.Namespace) -> tuple[Resolved, str]:
 def _run_file(location: str) -> tuple[dict[str, Any], str | None]:
     """The settings of --config, a path or an s3:// URI, and the model file it names."""
     if not location.startswith("s3://"):
-        return read_yaml(Path(location))
+        return read_run_file(Path(location))
     from ..s3 import S3, Deadline, S3Uri
 
     try:
@@ -110,6 +110,7 @@ def run(argv: Sequence[str]) -> int:
         if namespace.show_config:
             print(show(resolved))
             return 0
+        check_data_is_named(resolved.config)
         num_ranks = _num_ranks(namespace, ranks)
     except HypershardError as error:
         return _report(error, ranks)

@@ -106,6 +106,20 @@ def _check_texts(train: TrainConfig) -> None:
             )
 
 
+def check_data_is_named(config: Config) -> None:
+    """Refuse to train on conversations or pairs where none are named: the embedded corpus is plain text.
+
+    For what starts a training; a plan needs no data. Raises ConfigError.
+    """
+    data, wanted = config.data_read, {"chat": "conversations", "preference": "pairs of answers"}
+    if data.data_kind in wanted and data.dataset == DataConfig().dataset:
+        raise ConfigError(
+            f"--data_kind={data.data_kind}: found no --dataset, and the embedded corpus is plain text; give --dataset "
+            f"with {wanted[data.data_kind]} (files, an s3:// URI or a hub name), or a SageMaker job --channel "
+            f"train=s3://…"
+        )
+
+
 def _check_adapters(config: Config) -> None:
     adapters = config.adapters
     if not adapters.lora_r:
@@ -152,7 +166,7 @@ def _check_objective(config: Config) -> None:
         )
     refused = (
         ("data_kind", ("auto", "preference")),
-        ("packing", (None, "best_fit")),
+        ("packing", (None, "best_fit", "none")),
         ("long_documents", (None, "drop")),
         ("document_mask", (True,)),
         ("streaming", (None, False)),
@@ -160,7 +174,7 @@ def _check_objective(config: Config) -> None:
     for name, allowed in refused:
         if getattr(data, name) not in allowed:
             raise ConfigError(
-                f"--{name}={getattr(data, name)}: --objective=dpo takes pairs of whole answers, packed side by side, "
+                f"--{name}={getattr(data, name)}: --objective=dpo takes pairs of whole answers, side by side, "
                 f"which do not see each other; drop the flag"
             )
 

@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from .schema import SECTIONS, SETTINGS
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_RUN_FILE_WORDS = ("run", "run_file", "runfile", "recipe", "conf", "config_file", "yaml")  # what people call --config
 _TITLES = {
     "model": "model: its shape; --model NAME fills it, flags change single values",
     "data": "data: what is read and how much goes into a step",
@@ -50,7 +51,7 @@ def coerce(name: str, value: Any, *, where: str) -> Any:
     """
     plain, optional = _types()[name]
     meta = SETTINGS[name][1].metadata
-    if isinstance(value, str) and value.strip() in meta["words"]:
+    if isinstance(value, str) and value.strip() in (*meta["words"], *meta["choices"]):  # 'none' may be one
         return value.strip()
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
         if not optional:
@@ -94,6 +95,8 @@ def _number(plain: type, value: Any, text: str) -> Any:
 
 def nearest_setting(name: str, others: Sequence[str] = ()) -> str:
     """A hint like "; did you mean --num_layers?" or nothing."""
+    if name in _RUN_FILE_WORDS and "config" in others:
+        return "; did you mean --config, which takes a run file?"
     return _nearest(name, (*SETTINGS, *others), prefix="--")
 
 

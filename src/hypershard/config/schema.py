@@ -126,8 +126,9 @@ class DataConfig:
     packing: str | None = setting(
         None,
         "concat: documents one after another, cut where a sequence is full; best_fit: whole documents, packed so that "
-        "little is padded; default: best_fit for conversations and pairs of answers, else concat",
-        choices=("concat", "best_fit"),
+        "little is padded; none: one document a sequence, padded; default: best_fit for conversations and pairs of "
+        "answers, else concat",
+        choices=("concat", "best_fit", "none"),
     )
     long_documents: str | None = setting(
         None,
@@ -415,6 +416,14 @@ class Config:
     adapters: AdapterConfig = AdapterConfig()
     learning: LearningConfig = LearningConfig()
     report: ReportConfig = ReportConfig()
+
+    @property
+    def data_read(self) -> DataConfig:
+        """The data section as data are opened by it: rows of conversations may hold pairs of answers besides, and what
+        is learnt says which are meant."""
+        if self.learning.objective == "dpo" and self.data.data_kind == "auto":
+            return dataclasses.replace(self.data, data_kind="preference")
+        return self.data
 
 
 SECTIONS: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(Config)}

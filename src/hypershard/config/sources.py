@@ -43,6 +43,15 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], str | None]:
         raise ConfigError(f"{path}: {error.strerror}") from error
 
 
+def read_run_file(path: Path) -> tuple[dict[str, Any], str | None]:
+    """`read_yaml` of --config. Raises ConfigError as that does; a file that cannot be read names the flag."""
+    try:
+        text = path.expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"--config={path}: {error.strerror}; expected a run file, YAML of settings") from error
+    return parse_yaml(text, where=str(path))
+
+
 def parse_yaml(text: str, *, where: str) -> tuple[dict[str, Any], str | None]:
     """The same for the text of a file; `where` it came from is named in errors."""
     import yaml  # 20 ms that --help does not need to wait for
@@ -77,9 +86,6 @@ def resolve(*layers: Layer) -> Resolved:
             where = f"--{name}" if layer.is_flags else f"{layer.label}: {name}"
             values[name] = coerce(name, value, where=where)
             sources[name] = layer.label
-    if values.get("objective") == "dpo" and values.get("data_kind", "auto") == "auto":
-        # Rows of conversations may hold pairs of answers besides; what is learnt says which are meant.
-        values["data_kind"], sources["data_kind"] = "preference", "objective"
     sections = {
         section: cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
         for section, cls in SECTIONS.items()

@@ -1,4 +1,4 @@
-"""Documents -> rows that waste little: best-fit packing of whole documents, long ones cut.
+"""Documents -> rows of whole documents, long ones cut: packed best fit, or one in each row.
 
 Windows of a long row of tokens cut documents wherever a window ends. Packs hold whole documents instead, and a little
 padding, as in "Fewer Truncations Improve Language Modeling" (Ding et al., 2024, arXiv:2404.10830).
@@ -6,6 +6,7 @@ padding, as in "Fewer Truncations Improve Language Modeling" (Ding et al., 2024,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 LONG_DOCUMENTS = ("split", "truncate", "drop")
 
 _Indices = NDArray[np.int64]
+# (lengths of pieces, most tokens of a pack) -> (pack of each piece, number of packs)
+_Place = Callable[[_Indices, int], tuple[_Indices, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,19 @@ def best_fit(starts: _Indices, *, num_tokens: int, context_tokens: int, long_doc
     Best-fit decreasing: from the longest piece on, each goes to the fullest pack that has room for it. The same
     input gives the same plan, whose packs are in the order of their first tokens.
     """
+    return _plan(starts, _best_fit_decreasing, num_tokens, context_tokens, long_documents)
+
+
+def one_each(starts: _Indices, *, num_tokens: int, context_tokens: int, long_documents: str) -> PackPlan:
+    """As `best_fit`, but each document, or each piece of a split one, has a pack to itself."""
+    return _plan(starts, _one_by_one, num_tokens, context_tokens, long_documents)
+
+
+# --packing -> how its packs are planned; 'concat' has none
+PACKINGS = {"best_fit": best_fit, "none": one_each}
+
+
+def _plan(starts: _Indices, place: _Place, num_tokens: int, context_tokens: int, long_documents: str) -> PackPlan:
     assert long_documents in LONG_DOCUMENTS, long_documents
     assert context_tokens >= 1, context_tokens
     size = context_tokens + 1
@@ -68,7 +84,7 @@ def best_fit(starts: _Indices, *, num_tokens: int, context_tokens: int, long_doc
     piece_starts, piece_lengths = _pieces(starts, lengths, size, keep=~is_short, long_documents=long_documents)
     num_long = int(is_long.sum())
     kept = piece_lengths.sum() if long_documents != "split" else lengths[~is_short].sum()
-    packs, num_packs = _best_fit_decreasing(piece_lengths, size)
+    packs, num_packs = place(piece_lengths, size)
     # Number packs by their first piece, so that reading them one after another reads the file nearly in order.
     first_seen = np.full(num_packs, len(packs), dtype=np.int64)
     np.minimum.at(first_seen, packs, np.arange(len(packs)))
@@ -104,6 +120,10 @@ def _pieces(
     first = np.cumsum(num_pieces) - num_pieces
     offsets = (np.arange(len(document)) - first[document]) * step
     return starts[document] + offsets, np.minimum(lengths[document] - offsets, size)
+
+
+def _one_by_one(lengths: _Indices, size: int) -> tuple[_Indices, int]:
+    return np.arange(len(lengths), dtype=np.int64), len(lengths)
 
 
 def _best_fit_decreasing(lengths: _Indices, size: int) -> tuple[_Indices, int]:

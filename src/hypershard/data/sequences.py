@@ -13,7 +13,7 @@ from .feed import Source
 from .kinds import CHAT, PREFERENCE, TEXT
 from .mixture import Mixture
 from .open import Dataset, Member, Text
-from .packs import PackPlan, best_fit
+from .packs import PACKINGS, PackPlan
 from .rows import Packs, Rows, Windows
 from .source import TokenSource
 from .stream import StreamSpec
@@ -22,7 +22,9 @@ from .stream import StreamSpec
 _WEIGHT_DIGITS = 1000
 # What the schema's None means for kinds that are not cut wherever a sequence is full.
 _DEFAULT_PACKING = {CHAT: "best_fit", PREFERENCE: "best_fit"}
-_DEFAULT_LONG_DOCUMENTS = {(CHAT, "best_fit"): "truncate", (PREFERENCE, "best_fit"): "drop"}
+_DEFAULT_LONG_DOCUMENTS = {
+    (kind, packing): long for kind, long in ((CHAT, "truncate"), (PREFERENCE, "drop")) for packing in PACKINGS
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +44,18 @@ def packing_of(data: DataConfig, *, kind: str, is_stream: bool) -> Packing:
     if packing == "concat" and long_documents != "split":
         raise ConfigError(
             f"--long_documents={long_documents}: --packing=concat cuts wherever a sequence is full; "
-            f"set --packing=best_fit"
+            f"set --packing=best_fit or none"
         )
-    if packing == "best_fit" and is_stream:
-        raise ConfigError("--packing=best_fit needs all documents before the first step; set --streaming=0")
+    if packing != "concat" and is_stream:
+        raise ConfigError(f"--packing={packing} needs all documents before the first step; set --streaming=0")
     return Packing(packing=packing, long_documents=long_documents)
 
 
 def _refuse_divided_pairs(data: DataConfig, packing: Packing) -> None:
     """Raises ConfigError for settings under which a pair of answers would not stay two whole sequences side by side."""
-    wanted = {"packing": "best_fit", "long_documents": "drop", "document_mask": True}
+    wanted = {"packing": (*PACKINGS,), "long_documents": ("drop",), "document_mask": (True,)}
     for name, found in (vars(packing) | {"document_mask": data.document_mask}).items():
-        if found != wanted[name]:
+        if found not in wanted[name]:
             raise ConfigError(
                 f"--{name}={found}: pairs of answers stay whole and side by side, and do not see each other; drop the "
                 f"flag"
@@ -110,20 +112,17 @@ def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens:
     else:
         if starts is None:
             raise DataError(
-                f"--packing=best_fit: {member.name} does not say where its documents begin; prepare it again"
+                f"--packing={packing.packing}: {member.name} does not say where its documents begin; prepare it again"
             )
-        plan = best_fit(
+        plan = PACKINGS[packing.packing](
             starts, num_tokens=source.num_tokens, context_tokens=context_tokens, long_documents=packing.long_documents
         )
+        _require_some(member, plan, is_training=says)
         if says:
             logger.info(_told(member, plan))
+        elif plan.num_dropped_documents:
+            logger.info(f"held out of {_told(member, plan)}")
         rows = Packs(source, plan, document_mask=data.document_mask)
-    if says and rows.num_samples < 1 and member.kind == PREFERENCE:
-        raise DataError(
-            f"--dataset={member.name}: found {len(starts if starts is not None else ()):,} pairs of answers, each "
-            f"longer than a sequence of --max_context_width={context_tokens} tokens; expected some that fit with both "
-            f"answers and the prompt before each; give a larger --max_context_width"
-        )
     if says and rows.num_samples < 1:
         raise DataError(
             f"--dataset={member.name}: found {source.num_tokens} tokens to train on; "
@@ -131,6 +130,19 @@ def _rows(source: TokenSource, member: Member, data: DataConfig, context_tokens:
             "give more text or a smaller --max_context_width"
         )
     return rows
+
+
+def _require_some(member: Member, plan: PackPlan, *, is_training: bool) -> None:
+    """Raises DataError where documents are there and none is left: a loss of nothing would be the lowest of all."""
+    if plan.num_packs or not plan.num_dropped_documents:
+        return
+    unit = "pairs of answers" if member.kind == PREFERENCE else "documents"
+    raise DataError(
+        f"--dataset={member.name}: all {plan.num_dropped_documents:,} {unit} {'' if is_training else 'held out '}are "
+        f"longer than a sequence of --max_context_width={plan.context_tokens} tokens and dropped; expected some that "
+        f"fit, pairs with both answers and the prompt before each; give a larger --max_context_width"
+        + ("" if is_training else ", or files named val")
+    )
 
 
 def _told(member: Member, plan: PackPlan) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ..catalog.instances import instance as find_instance
+from ..config.checks import check_data_is_named
 from ..config.flags import add_settings, coerce, parse
 from ..config.schema import SETTINGS
+from ..config.sources import Layer, read_run_file, resolve
 from ..errors import ConfigError
 from ..models.files import model_file
 from ..storage import local_path
 from .environment import check_extra, environment_for
 from .job import Job, Resources
+from .sagemaker_environment import CHANNELS
 
 # Flags of `hypershard train` that a job cannot have, and why.
 _REFUSED = {
@@ -37,17 +40,21 @@ def build_job(
     max_restarts: int,
     name: str | None,
     extra_environment: Mapping[str, str],
+    channels: Collection[str] = (),
 ) -> Job:
     """The job that trains `model_name` with `train_flags` on `num_nodes` nodes.
 
     `instance` is any name `catalog.instances.instance` takes; None: nodes the catalog does not know, taken as without
     GPUs. `name` None: made of --run_name, the model or the run file, the instance family and the number of nodes. The
-    job always resumes, so that a restart goes on. `extra_environment` goes before `environment_for`'s.
+    job always resumes, so that a restart goes on. `extra_environment` goes before `environment_for`'s. `channels`: by
+    name, what SageMaker gives the job; some are flags in its container.
 
-    Raises ConfigError for an unknown or refused flag, a value out of range, or a variable no job may set. Whether the
-    settings go together is for `hypershard train` to say, which knows the model file too.
+    Raises ConfigError for an unknown or refused flag, a value out of range, a variable no job may set, or conversations
+    to train on that nothing names. Whether the settings go together otherwise is for `hypershard train` to say, which
+    knows the model file too.
     """
-    given = _checked_flags(train_flags)
+    given = checked_flags(train_flags)
+    _check_data(given, channels)
     _check_numbers(num_nodes=num_nodes, hours=hours, max_restarts=max_restarts)
     if not run_dir:
         raise ConfigError("--run_dir: found nothing, expected a folder that all nodes see")
@@ -77,7 +84,7 @@ def build_job(
     )
 
 
-def _checked_flags(train_flags: Sequence[str]) -> dict[str, str]:
+def checked_flags(train_flags: Sequence[str]) -> dict[str, str]:
     """Flag -> its text. Raises ConfigError for one that `hypershard train` does not have or a job may not."""
     parser = argparse.ArgumentParser(prog="hypershard train", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model", default=argparse.SUPPRESS)
@@ -100,6 +107,17 @@ def _checked_flags(train_flags: Sequence[str]) -> dict[str, str]:
             f"`hypershard checkpoint copy {source} RUN_DIR/checkpoints`, and the job goes on from it by itself"
         )
     return given
+
+
+def _check_data(given: Mapping[str, str], channels: Collection[str]) -> None:
+    """Refuse a job that would end on its nodes for want of data. What a run file elsewhere says is not known here."""
+    config = given.get("config")
+    is_here = config is None or Path(config).expanduser().is_file()
+    if not is_here or any(CHANNELS.get(channel) in ("dataset", "config") for channel in channels):
+        return
+    layers = [] if config is None else [Layer(f"run file {config}", read_run_file(Path(config))[0])]
+    flags = {name: text for name, text in given.items() if name in SETTINGS}
+    check_data_is_named(resolve(*layers, Layer("flag", flags, is_flags=True)).config)
 
 
 def _one_model(asked: str | None, in_flags: str | None) -> str | None:

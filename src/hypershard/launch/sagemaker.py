@@ -12,6 +12,8 @@ bring the whole prefix to every host at each start, and mirror what is deleted.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, StorageError
-from ..log import logger
 from ..s3.uri import S3Uri
 from .job import Job
+from .paths import warn_of_paths
 from .sagemaker_environment import CHANNELS
 from .sagemaker_flags import Hyperparameters, decode, encode
 from .validate import validate
@@ -33,8 +35,9 @@ SYNCED_RUN_DIR = "/opt/ml/checkpoints"
 CHANNELS_DIR = "/opt/ml/input/data"
 _MOST_HOURS = 28 * 24  # https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_StoppingCondition.html
 _FSX = re.compile(r"fsx://(?P<id>fs-[0-9a-f]+)(?P<directory>/.*)")
-# Flags of training whose value may be a path. The job finds it only where the image or a channel holds it.
-_PATHS = ("dataset", "tokenizer", "chat_template", "init_from", "validation_prompts")
+# Flags of training that take a small file of this machine along, in a channel of its own.
+_SMALL_FILES = ("chat_template", "validation_prompts")
+_FILES_CHANNEL = "run_files"
 
 # Lines of metrics/display.py. A number of tokens comes with its unit, so there is one metric for each.
 METRICS = {
@@ -99,7 +102,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Submission:
-    """The request, and the small files (s3:// URI -> content) that must lie in S3 before it is sent."""
+    """The request, and the small files (s3:// URI -> content) that must lie in S3 before it is sent: a run file, and
+    what flags name."""
 
     request: dict[str, Any]
     files: Mapping[str, bytes]
@@ -113,10 +117,15 @@ def create_training_job_request(job: Job, options: Options) -> Submission:
     _check(job, options)
     home = _s3("--output", options.output or "") / job.name
     flags = decode(job.train_flags)
+    if _FILES_CHANNEL in options.channels:
+        raise ConfigError(f"--channel {_FILES_CHANNEL}: jobs have a channel of this name of their own; choose another")
     _check_channels(flags, options.channels)
+    # The file in S3 says only what is so: of a setting that a channel is, the channel.
+    flags = flags.without_filed([CHANNELS[name] for name in options.channels if name in CHANNELS])
+    flags, options, beside = _with_small_files(flags, home, options)
     flags = flags.with_settings(_checkpoints(flags, home, options))
-    for name in _PATHS:
-        _warn_of_path(name, flags.settings.get(name))
+    instead = "put it into S3 and give its s3:// URI or --channel"
+    warn_of_paths(flags.settings, seen=(CHANNELS_DIR,), instead=instead)
     hyperparameters, files = encode(flags, home=home)
     if job.max_restarts:  # for the container's supervisor, which starts the ranks of a living job again
         hyperparameters["max_restarts"] = str(job.max_restarts)
@@ -137,7 +146,7 @@ def create_training_job_request(job: Job, options: Options) -> Submission:
         **_optional(job, options, home),
     }
     validate(request, OPERATION, service=SERVICE, flags=FLAGS)
-    return Submission(request, files)
+    return Submission(request, {**files, **beside})
 
 
 def _check(job: Job, options: Options) -> None:
@@ -205,12 +214,29 @@ def _checkpoints(flags: Hyperparameters, home: S3Uri, options: Options) -> dict[
     return {**found, "checkpoint_freq": "0"}
 
 
-def _warn_of_path(flag: str, value: str | None) -> None:
-    if value and not value.startswith((CHANNELS_DIR, "s3://")) and Path(value).expanduser().exists():
-        logger.warning(
-            f"--{flag}={value} is a path of this machine; the job finds it only if the image holds it. Else put it "
-            f"into S3 and give its s3:// URI or --channel"
-        )
+def _with_small_files(
+    flags: Hyperparameters, home: S3Uri, options: Options
+) -> tuple[Hyperparameters, Options, dict[str, bytes]]:
+    """Flags and channels by which the job sees the small files of this machine, and what must be written before.
+
+    They lie below a digest of their content, as the run file does: a second start of a name leaves the first its own.
+    """
+    contents: dict[str, bytes] = {}
+    paths: dict[str, str] = {}
+    for flag in _SMALL_FILES:
+        value = flags.settings.get(flag, "")
+        if "://" in value:
+            raise ConfigError(f"--{flag}={value}: expected a file of this machine, which goes with the job")
+        file = Path(value).expanduser()
+        if value and not value.startswith(CHANNELS_DIR) and file.is_file():
+            contents[f"{flag}{file.suffix}"] = file.read_bytes()
+            paths[flag] = f"{CHANNELS_DIR}/{_FILES_CHANNEL}/{flag}{file.suffix}"
+    if not contents:
+        return flags, options, {}
+    digest = hashlib.sha256(b"".join(contents[name] for name in sorted(contents))).hexdigest()[:12]
+    folder = home / f"files-{digest}"
+    options = dataclasses.replace(options, channels={**options.channels, _FILES_CHANNEL: f"{folder}/"})
+    return flags.with_settings(paths), options, {str(folder / name): one for name, one in contents.items()}
 
 
 def _resources(job: Job, options: Options) -> dict[str, Any]:

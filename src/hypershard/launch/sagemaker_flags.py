@@ -11,13 +11,13 @@ import argparse
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config.flags import add_settings, parse
-from ..config.sources import read_yaml
+from ..config.sources import read_run_file, read_yaml
 from ..errors import ConfigError
 from ..models.files import model_file
 from ..s3.uri import S3Uri
@@ -46,11 +46,15 @@ class Hyperparameters:
     def words(self) -> list[str]:
         """As arguments of `hypershard train` that name no file of this machine."""
         named = {name: value for name, value in (("model", self.model), ("config", self.config)) if value is not None}
-        texts = {name: "none" if value is None else value for name, value in {**self.filed, **self.flags}.items()}
+        texts = {name: "null" if value is None else value for name, value in {**self.filed, **self.flags}.items()}
         return [f"--{name}={value}" for name, value in (named | texts).items()]
 
     def with_settings(self, more: Mapping[str, str]) -> Hyperparameters:
         return dataclasses.replace(self, flags={**self.flags, **more})
+
+    def without_filed(self, names: Collection[str]) -> Hyperparameters:
+        """Without values of files that something else goes before."""
+        return dataclasses.replace(self, filed={name: one for name, one in self.filed.items() if name not in names})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +75,7 @@ def decode(train_flags: Sequence[str]) -> Hyperparameters:
     model, config = flags.pop("model"), flags.pop("config")
     filed: dict[str, Any] = {}
     if config is not None and not config.startswith("s3://"):
-        filed, named = read_yaml(Path(config).expanduser())
+        filed, named = read_run_file(Path(config))
         config, model = None, model or named
     if model is not None and ("/" in model or model.endswith((".yaml", ".yml"))):
         if config is not None:

@@ -25,10 +25,19 @@ _ROW_WARNINGS = ("malformed", "duplicates", "near_empty")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What an analysis found: packed so, a data set fills `num_sequences` of `context_tokens`."""
+
+    packing: str
+    context_tokens: int
+    num_sequences: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """What is known of a data set, and `source`, where from; None: not known.
 
-    `packed`: how many sequences of how many tokens it fills, (tokens, sequences). `is_estimated`: from a part of it.
+    `packed`: how many sequences it fills, as analysed. `is_estimated`: from a part of it.
     """
 
     source: str
@@ -37,7 +46,7 @@ class DataFacts:
     longest_tokens: int | None
     is_fine_tuning: bool
     is_estimated: bool = False
-    packed: tuple[int, float] | None = None
+    packed: Packed | None = None
     vocab_size: int | None = None
     warnings: tuple[DataWarning, ...] = ()
 
@@ -46,15 +55,23 @@ class DataFacts:
         """Of a sample."""
         return self.num_tokens / self.num_samples if self.num_samples and self.num_tokens else None
 
-    def num_sequences(self, context_tokens: int) -> float | None:
-        """Sequences in one pass over it: as analysed, else without padding; of longer samples the rest is cut off
-        where they are conversations."""
-        if self.packed is not None and self.packed[0] == context_tokens:
-            return self.packed[1]
+    def num_sequences(self, context_tokens: int, packing: str | None) -> float | None:
+        """Sequences in one pass over it, packed as `packing` (None: by default): as analysed; else a sample each
+        with 'none', and without padding with others. Of longer samples the rest is cut off where they are
+        conversations."""
+        found = self.packed
+        if found is not None and found.context_tokens == context_tokens and _alike(found.packing, packing):
+            return found.num_sequences
+        if packing == "none":
+            return self.num_samples
         if self.is_fine_tuning and self.num_samples is not None and self.mean_tokens is not None:
             samples = Samples(num_samples=self.num_samples, avg_tokens_per_sample=self.mean_tokens)
             return samples.num_sequences(context_tokens)
         return None if self.num_tokens is None else self.num_tokens / context_tokens
+
+
+def _alike(one: str, other: str | None) -> bool:
+    return (one == "none") == (other == "none")
 
 
 def told_facts(*, num_samples: int | None, tokens_per_sample: float | None, dataset_tokens: int | None) -> DataFacts:
@@ -112,7 +129,9 @@ def _analysed(found: Mapping[str, Any], warnings: list[dict[str, str]], *, sourc
     in_all, num_samples = found["num_samples_in_all"], found["num_samples"]
     use = found["use"]
     fit = None if use is None else use["fit"]
-    packed = None if fit is None or fit["num_sequences"] is None else (fit["context_tokens"], fit["num_sequences"])
+    packed = None
+    if fit is not None and fit["num_sequences"] is not None:
+        packed = Packed(**{name: fit[name] for name in ("packing", "context_tokens", "num_sequences")})
     return DataFacts(
         source=source,
         num_samples=in_all,
@@ -130,9 +149,10 @@ def _analysed(found: Mapping[str, Any], warnings: list[dict[str, str]], *, sourc
 
 @dataclass(frozen=True, kw_only=True)
 class DataView:
-    """The facts, how often `num_steps` (None: not known) read the data, and what to look at."""
+    """The facts, how often `num_steps` (None: not known) read the data packed so, and what to look at."""
 
     facts: DataFacts
+    packing: str | None
     num_steps: int | None
     passes: Passes
     warnings: tuple[DataWarning, ...]
@@ -153,9 +173,11 @@ class DataView:
         }
 
 
-def data_view(facts: DataFacts, *, num_steps: int | None, samples_per_step: int, context_tokens: int) -> DataView:
-    """How `num_steps` of `samples_per_step` sequences of `context_tokens` use the data."""
-    sequences = facts.num_sequences(context_tokens)
+def data_view(
+    facts: DataFacts, *, num_steps: int | None, samples_per_step: int, context_tokens: int, packing: str | None
+) -> DataView:
+    """How `num_steps` of `samples_per_step` sequences of `context_tokens`, packed so, use the data."""
+    sequences = facts.num_sequences(context_tokens, packing)
     read = None if num_steps is None else num_steps * samples_per_step
     passes = Passes(
         epochs=None if read is None or sequences is None else read / sequences,
@@ -166,7 +188,7 @@ def data_view(facts: DataFacts, *, num_steps: int | None, samples_per_step: int,
     if facts.is_fine_tuning:
         warnings += small_set_warnings(facts.num_samples)
     warnings += repetition_warnings(passes, num_samples=facts.num_samples, is_fine_tuning=facts.is_fine_tuning)
-    return DataView(facts=facts, num_steps=num_steps, passes=passes, warnings=tuple(warnings))
+    return DataView(facts=facts, packing=packing, num_steps=num_steps, passes=passes, warnings=tuple(warnings))
 
 
 def view_lines(view: DataView) -> list[str]:
@@ -185,7 +207,8 @@ def view_lines(view: DataView) -> list[str]:
         if view.num_steps is not None and passes.epochs is not None:
             text += f"; {view.num_steps:,} steps are {about}{passes.epochs:.2f} epochs"
         lines.append(text)
-    if facts.is_fine_tuning and view.num_steps is not None and passes.unpacked_epochs is not None:
+    is_told = facts.is_fine_tuning and view.num_steps is not None and passes.unpacked_epochs is not None
+    if is_told and view.packing != "none":
         lines.append(
             f"         with one sample a sequence, not packed, {view.num_steps:,} steps are "
             f"{about}{passes.unpacked_epochs:.1f} epochs"
@@ -193,9 +216,9 @@ def view_lines(view: DataView) -> list[str]:
     return [*lines, *(f"warning  {one}" for one in view.warnings)]
 
 
-def whole_tokens(facts: DataFacts, *, context_tokens: int) -> int | None:
-    """Tokens of one pass as they are trained on, in sequences of `context_tokens`; None: not known."""
-    if facts.packed is None and not facts.is_fine_tuning:
+def whole_tokens(facts: DataFacts, *, context_tokens: int, packing: str | None) -> int | None:
+    """Tokens of one pass as they are trained on, in sequences of `context_tokens` packed so; None: not known."""
+    if facts.packed is None and not facts.is_fine_tuning and packing != "none":
         return facts.num_tokens
-    sequences = facts.num_sequences(context_tokens)
+    sequences = facts.num_sequences(context_tokens, packing)
     return None if sequences is None else math.floor(sequences * context_tokens)

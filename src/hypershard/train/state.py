@@ -31,7 +31,8 @@ class Course:
 
 @dataclass(frozen=True)
 class Best:
-    """The lowest validation loss so far (nats per token, or per pair of answers), after which step, and how many since were no lower."""
+    """The lowest validation loss so far (nats per token, or per pair of answers), after which step, and how many since
+    were no lower."""
 
     loss: float
     step: int

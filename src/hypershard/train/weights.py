@@ -72,7 +72,9 @@ def first_weights(
     held = [packed[spec.name].parts() if spec.name in packed else (parameters[spec.name],) for spec in specs]
     base = Base(init_from, bit_sums(held, num_replicas=num_replicas, device=device))
     if adapter is not None:
-        _warn_of_another_base(adapter, config.adapters, dict(zip((one.name for one in specs), base.bit_sums, strict=True)))
+        _warn_of_another_base(
+            adapter, config.adapters, dict(zip((one.name for one in specs), base.bit_sums, strict=True))
+        )
     return base
 
 
@@ -82,8 +84,8 @@ def _warn_of_another_base(adapter: PeftAdapter, adapters: AdapterConfig, bit_sum
     is_held_so = all(getattr(adapter.settings, name) == getattr(adapters, name) for name in names)
     if theirs is not None and is_held_so and theirs != bit_sums:
         logger.warning(
-            f"--lora_init_from={adapter.location} was trained beside other weights than --init_from's; it goes on beside "
-            f"these"
+            f"--lora_init_from={adapter.location} was trained beside other weights than those of --init_from; it goes "
+            f"on beside these"
         )
 
 

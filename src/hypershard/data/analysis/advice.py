@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packs import best_fit
+from ..packs import PACKINGS
 from .analyze import DatasetAnalysis
 from .repetition import DataWarning, Passes, repetition_warnings, small_set_warnings
 
@@ -75,7 +75,8 @@ class Use(Passes):
 
 
 def fit_of(analysis: DatasetAnalysis, *, context_tokens: int, packing: str, long_documents: str) -> Fit:
-    """How `packing` ('concat', 'best_fit') and `long_documents` ('split', 'truncate', 'drop') fit the documents."""
+    """How the documents fit by `packing` ('concat', 'best_fit', 'none') and `long_documents` ('split', 'truncate',
+    'drop')."""
     lengths, counts = analysis.lengths_found, analysis.length_counts
     num_samples = analysis.num_samples
     num_long = int(counts[lengths > context_tokens + 1].sum())
@@ -89,7 +90,7 @@ def fit_of(analysis: DatasetAnalysis, *, context_tokens: int, packing: str, long
         every = max(1, num_samples // _MOST_PACKED)
         packed = _every(lengths, counts, every)
         ends = np.cumsum(packed)
-        plan = best_fit(
+        plan = PACKINGS[packing](
             ends - packed, num_tokens=int(ends[-1]), context_tokens=context_tokens, long_documents=long_documents
         )
         num_sequences = plan.num_packs * every

@@ -89,8 +89,8 @@ def _chat_pair(prompt: Any, chosen: list[Any], rejected: list[Any], *, tools: li
     repeats = [answer[: len(given)] == given for answer in answers]
     if any(repeats) != all(repeats):
         raise Refused(
-            f"found the messages of {PROMPT_FIELD!r} again at the beginning of one answer and not of the other; expected "
-            f"them in both or in neither"
+            f"found the messages of {PROMPT_FIELD!r} again at the beginning of one answer and not of the other; "
+            f"expected them in both or in neither"
         )
     if not all(repeats):
         answers = [[*given, *answer] for answer in answers]
