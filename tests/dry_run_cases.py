@@ -56,10 +56,9 @@ REPEATED_LORA: dict[str, dict[str, Any]] = {
         "sharding_strategy": "zero2",
     },
 }
-# Published models with adapters, on eight H100s.
+# A published model with adapters, on eight H100s.
 LARGE_LORA: dict[str, dict[str, Any]] = {
     "llama3_1_8b": {**LORA, "max_context_width": 8192, "activation_checkpointing": "full"},
-    "llama3_2_1b": {**LORA, "max_context_width": 2048, "activation_checkpointing": "full", "sharding_strategy": "none"},
 }
 
 

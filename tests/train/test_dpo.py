@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.jobs import a_job, config_of, tiny
 from tests.rank_pool import RankPool
 from tests.train.test_lora import bits, refusal, resumed, some_steps
-from tests.train.test_numerics import assert_same_training, graphs_after_the_rehearsal
+from tests.train.test_numerics import assert_same_training
 from transformers import AutoModelForCausalLM
 
 from hypershard.adapters.targets import scale_of
@@ -284,13 +284,3 @@ def test_a_resumed_run_goes_on_exactly_and_with_the_same_loss_only(
     text = f"{flags} --dataset embedded --objective next_token --restart_data 1"
     found = pools(1).run(refusal, text, cache_dir, tmp_path / "refused")[0]
     assert "--objective=dpo (this run: next_token)" in found
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_the_rehearsal_makes_all_graphs_of_reference_and_policy(
-    pools: Callable[[int], RankPool], cache_dir: Path, pairs: Path
-) -> None:
-    """More than the compiler's own limit of 8 for one code, beyond which blocks would run uncompiled."""
-    flags = dpo(pairs, num_layers=2, compile=1, train_batch_size=1, val_batch_size=2)
-    made, later = pools(1).run(graphs_after_the_rehearsal, flags, cache_dir)[0]
-    assert made > 8 and later == 0

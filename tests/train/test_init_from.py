@@ -88,7 +88,8 @@ def start_and_save(world: World, flags: str, cache_dir: Path, run_dir: Path) -> 
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger("hypershard")
-    before, log.level = log.level, logging.INFO
+    before = log.level
+    log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
         with a_job(world, flags, cache_dir) as job:

@@ -145,6 +145,8 @@ def graphs_after_the_rehearsal(world: World, flags: str, cache_dir: Path) -> tup
     torch._dynamo.reset()
     counters.clear()
     with a_job(world, flags, cache_dir) as job:
+        # Preferences need more than torch's own 8 for one code: of reference and policy, with and without a mask.
+        assert torch._dynamo.config.recompile_limit >= 16
         rehearse(job)
         rehearsed = counters["stats"]["unique_graphs"]
         progress = Progress()
