@@ -5,6 +5,7 @@ from tests.plan_jobs import job_of
 
 from hypershard.plan.job import Job, sizes_of
 from hypershard.plan.overheads import (
+    _PROMPT_TOKENS,
     COMPILE_SECONDS,
     DISK_GB_PER_SECOND,
     START_SECONDS,
@@ -12,6 +13,7 @@ from hypershard.plan.overheads import (
     overheads,
 )
 from hypershard.plan.steps import communication, host_bytes_per_second
+from hypershard.train import prompts
 
 STEP_SECONDS = 6.0
 
@@ -77,3 +79,7 @@ def test_what_fits_into_hours() -> None:
     step = STEP_SECONDS + found.each_step_seconds
     assert window.num_steps == int((4 * 0.95 * 3600 - found.once_seconds) / step)
     assert hours_window(job, max_hours=0.01, step_seconds=STEP_SECONDS).num_steps == 0
+
+
+def test_prompts_are_planned_as_long_as_they_are_cut() -> None:
+    assert _PROMPT_TOKENS == prompts._TEXT_PROMPT_TOKENS

@@ -170,7 +170,7 @@ def write_here(export: Export, files: Sequence[WeightFile], done: Callable[[Weig
 
 
 def write_file(export: Export, file: WeightFile, store: Store) -> None:
-    """Write one safetensors file (see hf_folder.py for the format). Its tensors are in memory, and nothing else."""
+    """Write one safetensors file (see hf_folder.py for the format). README.md says what it holds in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     begin = 0
     shapes = export.weights.shapes

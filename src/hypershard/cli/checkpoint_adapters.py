@@ -134,7 +134,7 @@ def write_adapter(stored: StoredCheckpoint, output: Path, *, base: str | None) -
 def _training(
     stored: StoredCheckpoint, facts: Mapping[str, Any], model: ModelConfig, config: AdapterConfig
 ) -> dict[str, Any]:
-    """What PEFT's settings have no place for, and `checkpoint_merge.py` and `checkpoint_list.py` ask."""
+    """What PEFT's settings have no place for, and `checkpoint_merge.py` and `checkpoint_list_adapters.py` ask."""
     names = [spec.name for spec in family_of(model.model_type).parameters(model)]
     return {
         "step": stored.step,

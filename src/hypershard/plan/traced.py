@@ -95,7 +95,7 @@ def traced_memory(job: Job, *, cache_dir: Path | None, timeout_seconds: float = 
     """Trace `job`, or find the answer kept in `cache_dir` (None: nothing is kept).
 
     Raises CannotTrace where torch is missing, the process ends without an answer or takes longer than
-    `timeout_seconds`, and for what has no trace: compiled blocks, adapters, and a machine without GPUs.
+    `timeout_seconds`, and for what has no trace: compiled blocks, NF4, a reference, and a machine without GPUs.
     """
     _refuse(job)
     started_at = time.monotonic()

@@ -156,16 +156,7 @@ def build_job(
     decayed = {spec.name for spec in specs if spec.decay}
     optimizer = build_adamw(parameters, decayed=decayed, optim=config.optim)
 
-    trained = f" and {format_count(sum(spec.numel for spec in specs))} in adapters, which are trained" if base else ""
-    logger.info(
-        f"{model.model_type} with {format_count(parameter_count(model))} parameters{trained}, "
-        f"{config.parallel.sharding_strategy} over {world.size} x {device_name(world.device)}, "
-        f"{attention.path} attention; a step is {samples_per_step} x {context} tokens"
-    )
-    num_samples = limits.last_step * samples_per_step
-    passes = data.feed.passes(num_samples)
-    logger.info(f"{limits.last_step:,} steps are {format_count(num_samples * context)} tokens, {passes}")
-    return Job(
+    job = Job(
         world=world,
         seed=config.data.seed,
         model=model,
@@ -195,6 +186,22 @@ def build_job(
             config.checkpoint, world, checkpoint_dir=checkpoint_dir, surroundings=surroundings, alarm=alarm
         ),
     )
+    _tell(job)
+    return job
+
+
+def _tell(job: Job) -> None:
+    """What is trained, over what, and how much of it, for people."""
+    in_adapters = format_count(sum(parameter.numel() for parameter in job.parameters.values()))
+    trained = f" and {in_adapters} in adapters, which are trained" if job.base else ""
+    logger.info(
+        f"{job.model.model_type} with {format_count(parameter_count(job.model))} parameters{trained}, "
+        f"{job.sharded.strategy} over {job.world.size} x {device_name(job.world.device)}, "
+        f"{job.attention.path} attention; a step is {job.samples_per_step} x {job.model.max_context_width} tokens"
+    )
+    last_step = job.limits.last_step
+    passes = job.data.feed.passes(last_step * job.samples_per_step)
+    logger.info(f"{last_step:,} steps are {format_count(last_step * job.tokens_per_step)} tokens, {passes}")
 
 
 def _complete_model(model: ModelConfig, dataset: Dataset) -> ModelConfig:
